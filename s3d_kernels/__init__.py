@@ -1,0 +1,47 @@
+"""3D convolution, normalisation and pooling over visible voxels only, as drop-in torch modules."""
+
+from ._version import __version__
+from .backends import REGISTRY, explain, use_backend
+from .block_mask import BlockMask
+from .block_sparse import BlockSparseTensor
+from .convert import to_sparse
+from .functional import (
+    sparse_batch_norm,
+    sparse_conv3d,
+    sparse_conv_transpose3d,
+    sparse_group_norm,
+    sparse_instance_norm,
+    sparse_pool3d,
+)
+from .modules import (
+    SparseAvgPool3d,
+    SparseBatchNorm3d,
+    SparseConv3d,
+    SparseConvTranspose3d,
+    SparseGroupNorm,
+    SparseInstanceNorm3d,
+    SparseMaxPool3d,
+)
+
+__all__ = [
+    "REGISTRY",
+    "BlockMask",
+    "BlockSparseTensor",
+    "SparseAvgPool3d",
+    "SparseBatchNorm3d",
+    "SparseConv3d",
+    "SparseConvTranspose3d",
+    "SparseGroupNorm",
+    "SparseInstanceNorm3d",
+    "SparseMaxPool3d",
+    "__version__",
+    "explain",
+    "sparse_batch_norm",
+    "sparse_conv3d",
+    "sparse_conv_transpose3d",
+    "sparse_group_norm",
+    "sparse_instance_norm",
+    "sparse_pool3d",
+    "to_sparse",
+    "use_backend",
+]

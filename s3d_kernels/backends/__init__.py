@@ -1,0 +1,118 @@
+"""Backends: one table of them, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .interface import (
+    Backend,
+    BlockGeometry,
+    BlocksProblem,
+    ConvProblem,
+    NormProblem,
+    PoolProblem,
+    Problem,
+    WindowGeometry,
+)
+from .reference import ReferenceBackend
+from .torch_gather import TorchGatherBackend
+
+__all__ = [
+    "REGISTRY",
+    "Backend",
+    "BlockGeometry",
+    "BlocksProblem",
+    "ConvProblem",
+    "NormProblem",
+    "PoolProblem",
+    "Problem",
+    "WindowGeometry",
+    "choose",
+    "current_backend",
+    "explain",
+    "register",
+    "use_backend",
+]
+
+_log = logging.getLogger(__name__)
+
+# In the order in which `auto` tries them.
+REGISTRY: dict[str, Backend] = {}
+
+# Read when an operator is called and handed to it as a string. A plain global: a ContextVar breaks the graph of
+# torch.compile and is not seen by the thread that runs backward.
+_current_backend = "auto"
+
+_chosen: dict[Problem, str] = {}
+
+
+def register(backend: Backend, *, first: bool = True) -> None:
+    """Add a backend; ``first`` puts it before the present ones in the order of `auto`."""
+    others = {name: other for name, other in REGISTRY.items() if name != backend.name}
+    order = {backend.name: backend, **others} if first else {**others, backend.name: backend}
+    REGISTRY.clear()
+    REGISTRY.update(order)
+    _chosen.clear()
+
+
+def check_name(name: str) -> str:
+    """The name itself if there is such a backend or it is "auto".
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if name != "auto" and name not in REGISTRY:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(REGISTRY)}, got {name!r}")
+    return name
+
+
+def current_backend() -> str:
+    """Name of the backend that operators use where a call or module names none."""
+    return _current_backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use a backend (or "auto") for all operators called inside; their backward uses the same one.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    global _current_backend
+    before, _current_backend = _current_backend, check_name(name)
+    try:
+        yield
+    finally:
+        _current_backend = before
+
+
+def choose(name: str, problem: Problem) -> Backend:
+    """The backend for a problem: the one that is named, or for "auto" the first that can.
+
+    Raises:
+        ValueError: no such backend, or it cannot compute the problem; says why.
+    """
+    if check_name(name) != "auto":
+        reason = REGISTRY[name].why_not(problem)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot compute {problem}: {reason}")
+        return REGISTRY[name]
+    if problem not in _chosen:
+        reasons = explain(problem)
+        able = [candidate for candidate, reason in reasons.items() if reason is None]
+        if not able:
+            raise ValueError(f"no backend can compute {problem}: {reasons}")
+        _chosen[problem] = able[0]
+        _log.debug("auto: %s computes %s", able[0], problem)
+    return REGISTRY[_chosen[problem]]
+
+
+def explain(problem: Problem) -> dict[str, str | None]:
+    """For every backend, in the order of `auto`: None if it can compute the problem, otherwise the reason."""
+    return {name: backend.why_not(problem) for name, backend in REGISTRY.items()}
+
+
+register(ReferenceBackend())
+register(TorchGatherBackend())

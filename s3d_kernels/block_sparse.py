@@ -1,0 +1,292 @@
+"""BlockSparseTensor: features of the visible blocks of a batch of volumes, together with their mask."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import BlockGeometry, current_backend
+from .block_mask import BlockMask
+from .operators import gather_blocks, scatter_blocks
+
+
+class BlockSparseTensor:
+    """Features [N, C, D, H, W] that exist at visible voxels only.
+
+    It carries its mask, so unmodified layers and residual blocks of other libraries work on it: elementwise functions
+    of torch, arithmetic, dropout and concatenation along channels apply to the visible voxels. Functions that would
+    mix voxels raise; for those there are the modules of this package.
+
+    Attributes:
+        blocks: [V, bd, bh, bw, C], channels last; what lies at masked voxels of partly visible blocks is arbitrary.
+        mask: which voxels of which volumes the blocks are.
+    """
+
+    def __init__(self, blocks: Tensor, mask: BlockMask) -> None:
+        self.blocks = blocks
+        self.mask = mask
+
+    @classmethod
+    def from_dense(cls, x: Tensor, mask: BlockMask, backend: str | None = None) -> BlockSparseTensor:
+        """Select the visible voxels of a dense tensor.
+
+        Args:
+            x: [N, C, D, H, W] in any memory format. Nothing of its masked voxels is read into the result.
+            mask: same batch and volume.
+            backend: name of a backend; default is the current one, see ``use_backend``.
+        Raises:
+            ValueError: ``x`` and ``mask`` do not fit, or lie on different devices.
+        """
+        if x.dim() != 5 or (x.shape[0], *x.shape[2:]) != (mask.batch, *mask.shape):
+            raise ValueError(
+                f"x must be [N, C, D, H, W] with N={mask.batch} and (D, H, W)={mask.shape} as in mask, "
+                f"got shape {tuple(x.shape)}"
+            )
+        if x.device != mask.device:
+            raise ValueError(f"x and mask must be on one device, got {x.device} and {mask.device}")
+        return cls(gather_blocks(x, *_block_arguments(mask), backend or current_backend()), mask)
+
+    def to_dense(self, fill: float | Tensor = 0.0, backend: str | None = None) -> Tensor:
+        """The dense tensor [N, C, D, H, W] in channels-last memory.
+
+        Args:
+            fill: value of masked voxels; a number, or a vector [C] such as a mask token (gradients reach it).
+            backend: name of a backend; default is the current one.
+        Raises:
+            ValueError: ``fill`` is a tensor of another shape.
+        """
+        channels = self.blocks.shape[-1]
+        if not isinstance(fill, Tensor):
+            fill = self.blocks.new_full((channels,), fill)
+        elif fill.shape != (channels,):
+            raise ValueError(f"fill must be a number or a vector of {channels} channels, got shape {tuple(fill.shape)}")
+        fill = fill.to(self.blocks.dtype)
+        return scatter_blocks(self.blocks, fill, *_block_arguments(self.mask), backend or current_backend())
+
+    # ---- what other code asks of a tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (N, C, D, H, W) of the dense tensor that this stands for."""
+        return torch.Size((self.mask.batch, self.blocks.shape[-1], *self.mask.shape))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def ndim(self) -> int:
+        return 5
+
+    def dim(self) -> int:
+        return 5
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.blocks.requires_grad
+
+    def is_floating_point(self) -> bool:
+        return self.blocks.is_floating_point()
+
+    def to(self, *args: Any, **kwargs: Any) -> BlockSparseTensor:
+        """As Tensor.to: another dtype or device, for features and mask."""
+        blocks = self.blocks.to(*args, **kwargs)
+        return BlockSparseTensor(blocks, self.mask.to(blocks.device))
+
+    def detach(self) -> BlockSparseTensor:
+        return self.with_blocks(self.blocks.detach())
+
+    def clone(self) -> BlockSparseTensor:
+        return self.with_blocks(self.blocks.clone())
+
+    def contiguous(self) -> BlockSparseTensor:
+        return self.with_blocks(self.blocks.contiguous())
+
+    def with_blocks(self, blocks: Tensor) -> BlockSparseTensor:
+        """Other features [V, bd, bh, bw, C'] under the same mask."""
+        return BlockSparseTensor(blocks, self.mask)
+
+    def merge(self, factors: tuple[int, int, int]) -> BlockSparseTensor:
+        """The same features in blocks that are ``factors`` times larger along each axis, see ``BlockMask.merge``."""
+        merged, parts = self.mask.merge(factors)
+        if merged is self.mask:
+            return self
+        channels = self.blocks.shape[-1]
+        if merged.num_blocks == 0:
+            return BlockSparseTensor(self.blocks.new_zeros(0, *merged.block, channels), merged)
+        bricks = self.blocks.index_select(0, parts.flatten().clamp(min=0))
+        bricks = torch.where((parts.flatten() >= 0)[:, None, None, None, None], bricks, 0)
+        bricks = bricks.view(*parts.shape, *self.mask.block, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return BlockSparseTensor(bricks.reshape(merged.num_blocks, *merged.block, channels), merged)
+
+    def __repr__(self) -> str:
+        return f"BlockSparseTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {self.mask})"
+
+    # ---- arithmetic and elementwise functions
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ELEMENTWISE:
+            return _elementwise(func, args, kwargs)
+        if func in _CONCATENATE:
+            return _concatenate(*args, **kwargs)
+        if func in _CHANNEL_DROPOUT:
+            return _channel_dropout(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(
+            f"{name} is not defined for a BlockSparseTensor: it may mix voxels, and masked voxels do not exist. "
+            "Elementwise functions, dropout and concatenation along channels (dim=1) work; convolution, normalisation "
+            "and pooling are modules of s3d_kernels (to_sparse converts a network); to_dense() gives a dense tensor."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _METHODS:
+            function = _METHODS[name]
+            return lambda *args, **kwargs: function(self, *args, **kwargs)
+        hint = f"; Tensor.{name} may mix voxels or needs a dense tensor: see to_dense()" if hasattr(Tensor, name) else ""
+        raise AttributeError(f"BlockSparseTensor has no attribute {name!r}{hint}")
+
+    def __add__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.add, (self, other), {})
+
+    def __radd__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.add, (other, self), {})
+
+    def __sub__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.sub, (self, other), {})
+
+    def __rsub__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.sub, (other, self), {})
+
+    def __mul__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.mul, (self, other), {})
+
+    def __rmul__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.mul, (other, self), {})
+
+    def __truediv__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.truediv, (self, other), {})
+
+    def __rtruediv__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.truediv, (other, self), {})
+
+    def __pow__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.pow, (self, other), {})
+
+    def __neg__(self) -> BlockSparseTensor:
+        return self.with_blocks(-self.blocks)
+
+    def __iadd__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> BlockSparseTensor:
+        return _elementwise(operator.itruediv, (self, other), {})
+
+
+_FUNCTION_NAMES = (
+    "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ gelu silu mish hardswish hardsigmoid hardtanh "
+    "hardtanh_ softplus softsign softshrink hardshrink tanhshrink threshold threshold_ logsigmoid tanh sigmoid "
+    "dropout dropout_ alpha_dropout "
+    "add sub subtract mul multiply div divide true_divide neg negative abs absolute exp expm1 log log1p log2 sqrt rsqrt "
+    "square pow reciprocal sign sin cos erf clamp clamp_ clip minimum maximum lerp addcmul addcdiv where isnan isfinite "
+    "nan_to_num zeros_like ones_like empty_like full_like rand_like randn_like"
+).split()
+_ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(
+    function
+    for module in (torch, F, torch.Tensor)
+    for name in _FUNCTION_NAMES
+    if (function := getattr(module, name, None)) is not None
+)
+_CONCATENATE = frozenset({torch.cat, torch.concat, torch.concatenate})
+_CHANNEL_DROPOUT = frozenset({F.dropout3d, F.feature_alpha_dropout, torch.feature_dropout}) - {F.feature_alpha_dropout}
+# x.relu(), x.add(y), x.float() ...: only those that torch has as methods too.
+_METHODS: dict[str, Callable[..., Any]] = {
+    name: getattr(torch, name)
+    for name in _FUNCTION_NAMES
+    if hasattr(torch, name) and hasattr(Tensor, name) and not name.endswith("_like")
+}
+
+
+def _block_arguments(mask: BlockMask) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:
+    geometry = block_geometry(mask)
+    return geometry.index, geometry.voxels, geometry.sample_offsets, geometry.sizes()
+
+
+def block_geometry(mask: BlockMask) -> BlockGeometry:
+    """What operators need to know of a mask."""
+    return BlockGeometry(mask.index, mask.voxels, mask.sample_offsets, mask.batch, mask.shape, mask.block)
+
+
+def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply to the blocks; other tensors must be numbers or per-channel."""
+    masks = [a.mask for a in (*args, *kwargs.values()) if isinstance(a, BlockSparseTensor)]
+    mask = masks[0]
+    for other in masks[1:]:
+        if not mask.same_layout(other):
+            raise ValueError(
+                f"operands must have the same mask (the same object, or derived from it by the same layers), "
+                f"got {mask} and {other}"
+            )
+    result = func(
+        *(_as_blocks(a, mask) for a in args), **{name: _as_blocks(a, mask) for name, a in kwargs.items()}
+    )
+    return BlockSparseTensor(result, mask)
+
+
+def _as_blocks(value: Any, mask: BlockMask) -> Any:
+    """An operand in the layout of blocks: [N or 1, C or 1, 1, 1, 1] and [C, 1, 1, 1] become channels-last."""
+    if isinstance(value, BlockSparseTensor):
+        return value.blocks
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.dim() in (4, 5) and value.shape[-3:] == (1, 1, 1):
+        per_channel = value[..., 0, 0, 0]  # [C] or [N, C]
+        if per_channel.dim() == 1 or per_channel.shape[0] == 1:
+            return per_channel.reshape(-1)
+        if per_channel.shape[0] == mask.batch:
+            return per_channel[mask.index[:, 0].long()][:, None, None, None]
+    raise ValueError(
+        "a dense operand beside a BlockSparseTensor must be a number or have shape [C, 1, 1, 1], [1, C, 1, 1, 1] or "
+        f"[N, C, 1, 1, 1], got {tuple(value.shape)}; use BlockSparseTensor.from_dense for features"
+    )
+
+
+def _concatenate(tensors: Sequence[Any], dim: int = 0) -> BlockSparseTensor:
+    first = tensors[0]
+    for other in tensors:
+        if not isinstance(other, BlockSparseTensor) or not first.mask.same_layout(other.mask):
+            raise ValueError(f"torch.cat needs BlockSparseTensors with the same mask, got {list(tensors)}")
+    if dim not in (1, -4):
+        raise ValueError(f"a BlockSparseTensor can be concatenated along channels (dim=1) only, got dim={dim}")
+    return first.with_blocks(torch.cat([t.blocks for t in tensors], dim=-1))
+
+
+def _channel_dropout(
+    x: BlockSparseTensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> BlockSparseTensor:
+    """Zero whole channels of a sample with probability p, as torch.nn.functional.dropout3d."""
+    if not training or p == 0:
+        return x
+    keep = F.dropout3d(x.blocks.new_ones(x.mask.batch, x.blocks.shape[-1], 1, 1, 1), p)
+    return x * keep

@@ -1,0 +1,20 @@
+"""Custom operators with their autograd formulas: the only place that defines derivatives.
+
+Each raw operation is one operator of `torch.library` that takes the name of a backend as a string, so the choice
+happens inside its body: `torch.compile` sees one node, and backward uses the backend that forward was given.
+"""
+
+from .blocks import gather_blocks, scatter_blocks
+from .conv import conv3d, conv3d_grad_input
+from .norm import norm_statistics, normalize
+from .pool import pool3d
+
+__all__ = [
+    "conv3d",
+    "conv3d_grad_input",
+    "gather_blocks",
+    "norm_statistics",
+    "normalize",
+    "pool3d",
+    "scatter_blocks",
+]

@@ -1,0 +1,188 @@
+"""Convolution over visible voxels and its derivatives.
+
+Convolution is bilinear, so three operators are closed under differentiation: the gradients of each of conv3d,
+conv3d_grad_input and conv3d_grad_weight are the two others. Second derivatives come for free, and the transposed
+convolution (kernel = stride) is conv3d_grad_input with the roles of input and output exchanged.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ..backends import ConvProblem, WindowGeometry, choose
+
+# torch reads the schema of a custom operator from these annotations: it wants Optional and list, not unions, tuples.
+# Behind their operands all window operators take the tensors of a WindowGeometry, its sizes and the backend's name.
+_GEOMETRY_TENSORS = 5
+
+
+def _problem(weight: Tensor, groups: int, geometry: WindowGeometry, x: Tensor) -> ConvProblem:
+    return ConvProblem(
+        device=x.device.type,
+        dtype=x.dtype,
+        in_channels=weight.shape[1] * groups,
+        out_channels=weight.shape[0],
+        groups=groups,
+        kernel_size=geometry.kernel_size,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        block=geometry.target_block,
+        partial=geometry.source_voxels is not None or geometry.target_voxels is not None,
+    )
+
+
+@torch.library.custom_op("s3d_kernels::conv3d", mutates_args=())
+def conv3d(
+    x: Tensor,  # [Vi, *source_block, C_in]
+    weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
+    bias: Optional[Tensor],  # [C_out]
+    source_index: Tensor,
+    source_voxels: Optional[Tensor],
+    target_index: Tensor,
+    target_voxels: Optional[Tensor],
+    table: Tensor,
+    sizes: list[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """Convolution. Returns: [Vo, *target_block, C_out]."""
+    geometry = WindowGeometry.from_operator(
+        source_index, source_voxels, target_index, target_voxels, table, sizes
+    )
+    return choose(backend, _problem(weight, groups, geometry, x)).conv3d(x, weight, bias, geometry, groups)
+
+
+@conv3d.register_fake
+def _(
+    x, weight, bias, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
+    geometry = WindowGeometry.from_operator(
+        source_index, source_voxels, target_index, target_voxels, table, sizes
+    )
+    return x.new_empty(target_index.shape[0], *geometry.target_block, weight.shape[0])
+
+
+@torch.library.custom_op("s3d_kernels::conv3d_grad_input", mutates_args=())
+def conv3d_grad_input(
+    grad: Tensor,  # [Vo, *target_block, C_out]
+    weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
+    source_index: Tensor,
+    source_voxels: Optional[Tensor],
+    target_index: Tensor,
+    target_voxels: Optional[Tensor],
+    table: Tensor,
+    sizes: list[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """Gradient of the convolution with respect to its input. Returns: [Vi, *source_block, C_in]."""
+    geometry = WindowGeometry.from_operator(
+        source_index, source_voxels, target_index, target_voxels, table, sizes
+    )
+    kernel = choose(backend, _problem(weight, groups, geometry, grad))
+    return kernel.conv3d_grad_input(grad.contiguous(), weight, geometry, groups)
+
+
+@conv3d_grad_input.register_fake
+def _(
+    grad, weight, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
+    geometry = WindowGeometry.from_operator(
+        source_index, source_voxels, target_index, target_voxels, table, sizes
+    )
+    return grad.new_empty(source_index.shape[0], *geometry.source_block, weight.shape[1] * groups)
+
+
+@torch.library.custom_op("s3d_kernels::conv3d_grad_weight", mutates_args=())
+def conv3d_grad_weight(
+    grad: Tensor,  # [Vo, *target_block, C_out]
+    x: Tensor,  # [Vi, *source_block, C_in]
+    source_index: Tensor,
+    source_voxels: Optional[Tensor],
+    target_index: Tensor,
+    target_voxels: Optional[Tensor],
+    table: Tensor,
+    sizes: list[int],
+    groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to weight and bias. Returns: [C_out, C_in / groups, kd, kh, kw], [C_out]."""
+    geometry = WindowGeometry.from_operator(
+        source_index, source_voxels, target_index, target_voxels, table, sizes
+    )
+    weight = grad.new_empty(grad.shape[-1], x.shape[-1] // groups, 0)
+    kernel = choose(backend, _problem(weight, groups, geometry, grad))
+    return kernel.conv3d_grad_weight(grad.contiguous(), x.contiguous(), geometry, groups)
+
+
+@conv3d_grad_weight.register_fake
+def _(
+    grad, x, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
+    geometry = WindowGeometry.from_operator(
+        source_index, source_voxels, target_index, target_voxels, table, sizes
+    )
+    channels = grad.shape[-1]
+    return grad.new_empty(channels, x.shape[-1] // groups, *geometry.kernel_size), grad.new_empty(channels)
+
+
+def save_operands(ctx: Any, operands: tuple[Tensor, ...], rest: Sequence[Any]) -> None:
+    """Keep operands and everything behind them for :func:`load_operands`."""
+    ctx.save_for_backward(*operands, *rest[:_GEOMETRY_TENSORS])
+    ctx.numbers = rest[_GEOMETRY_TENSORS:]
+
+
+def load_operands(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The operands and the rest."""
+    saved = ctx.saved_tensors
+    return saved[:-_GEOMETRY_TENSORS], (*saved[-_GEOMETRY_TENSORS:], *ctx.numbers)
+
+
+def _conv3d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *rest = inputs
+    save_operands(ctx, (x, weight), rest)
+    ctx.has_bias = bias is not None
+
+
+def _conv3d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (x, weight), rest = load_operands(ctx)
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = conv3d_grad_input(grad, weight, *rest)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_weight, grad_bias = conv3d_grad_weight(grad, x, *rest)
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *(None for _ in rest)
+
+
+def _conv3d_grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, weight, *rest = inputs
+    save_operands(ctx, (grad, weight), rest)
+
+
+def _conv3d_grad_input_backward(ctx: Any, grad2: Tensor) -> tuple[Any, ...]:
+    (grad, weight), rest = load_operands(ctx)
+    of_grad = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_grad = conv3d(grad2.contiguous(), weight, None, *rest)
+    if ctx.needs_input_grad[1]:
+        of_weight, _ = conv3d_grad_weight(grad, grad2, *rest)
+    return of_grad, of_weight, *(None for _ in rest)
+
+
+def _conv3d_grad_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad, x, *rest = inputs
+    save_operands(ctx, (grad, x), rest)
+
+
+def _conv3d_grad_weight_backward(ctx: Any, grad2_weight: Tensor, grad2_bias: Tensor) -> tuple[Any, ...]:
+    (grad, x), rest = load_operands(ctx)
+    of_grad = of_x = None
+    if ctx.needs_input_grad[0]:
+        of_grad = conv3d(x, grad2_weight, grad2_bias, *rest)
+    if ctx.needs_input_grad[1]:
+        of_x = conv3d_grad_input(grad, grad2_weight, *rest)
+    return of_grad, of_x, *(None for _ in rest)
+
+
+conv3d.register_autograd(_conv3d_backward, setup_context=_conv3d_setup)
+conv3d_grad_input.register_autograd(_conv3d_grad_input_backward, setup_context=_conv3d_grad_input_setup)
+conv3d_grad_weight.register_autograd(_conv3d_grad_weight_backward, setup_context=_conv3d_grad_weight_setup)

@@ -165,9 +165,7 @@ class BlockMask:
         if isinstance(visible, Tensor) and visible.dim() == 5 and visible.shape[1] == 1:
             visible = visible[:, 0]
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool or visible.dim() != 4:
-            raise ValueError(
-                f"visible must be a bool tensor [N, D, H, W] or [N, 1, D, H, W], got {_describe(visible)}"
-            )
+            raise ValueError(f"visible must be a bool tensor [N, D, H, W] or [N, 1, D, H, W], got {_describe(visible)}")
         sides = triple(block, "block")
         shape: Triple = tuple(visible.shape[1:])  # type: ignore[assignment]
         bricks = _split_blocks(visible, sides)

@@ -158,7 +158,9 @@ class BlockSparseTensor:
         if name in _METHODS:
             function = _METHODS[name]
             return lambda *args, **kwargs: function(self, *args, **kwargs)
-        hint = f"; Tensor.{name} may mix voxels or needs a dense tensor: see to_dense()" if hasattr(Tensor, name) else ""
+        hint = (
+            f"; Tensor.{name} may mix voxels or needs a dense tensor: see to_dense()" if hasattr(Tensor, name) else ""
+        )
         raise AttributeError(f"BlockSparseTensor has no attribute {name!r}{hint}")
 
     def __add__(self, other: Any) -> BlockSparseTensor:
@@ -248,9 +250,7 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
                 f"operands must have the same mask (the same object, or derived from it by the same layers), "
                 f"got {mask} and {other}"
             )
-    result = func(
-        *(_as_blocks(a, mask) for a in args), **{name: _as_blocks(a, mask) for name, a in kwargs.items()}
-    )
+    result = func(*(_as_blocks(a, mask) for a in args), **{name: _as_blocks(a, mask) for name, a in kwargs.items()})
     return BlockSparseTensor(result, mask)
 
 

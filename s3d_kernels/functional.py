@@ -206,9 +206,7 @@ def sparse_batch_norm(
         variance = running_var.to(dtype).expand(x.mask.batch, channels)
         return _normalize(x, weight, bias, mean, variance, eps, torch.ones_like(mean), "nothing", 1, False, backend)
     mean, squares, count = channel_statistics(x, backend)
-    mean, variance, count = _merge_statistics(
-        mean, squares, count.expand_as(mean), "batch", channels, synchronise
-    )
+    mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "batch", channels, synchronise)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp(min=1))

@@ -84,9 +84,7 @@ class SparseConv3d(nn.Conv3d):
         return _call(self._sparse, super().forward, x, mask)
 
     def _sparse(self, x: BlockSparseTensor) -> BlockSparseTensor:
-        return functional.sparse_conv3d(
-            x, self.weight, self.bias, self.stride, self.padding, self.groups, self.backend
-        )
+        return functional.sparse_conv3d(x, self.weight, self.bias, self.stride, self.padding, self.groups, self.backend)
 
 
 class SparseConvTranspose3d(nn.ConvTranspose3d):
@@ -279,9 +277,7 @@ class SparseMaxPool3d(nn.MaxPool3d):
         return _call(self._sparse, super().forward, x, mask)
 
     def _sparse(self, x: BlockSparseTensor) -> BlockSparseTensor:
-        return functional.sparse_pool3d(
-            x, "max", self.kernel_size, self.stride, self.padding, backend=self.backend
-        )
+        return functional.sparse_pool3d(x, "max", self.kernel_size, self.stride, self.padding, backend=self.backend)
 
 
 def _check_channels(x: BlockSparseTensor, channels: int) -> None:

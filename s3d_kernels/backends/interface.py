@@ -141,7 +141,14 @@ class WindowGeometry:
         """The geometry from the tensors and numbers that an operator was called with."""
         radius, *rest = (tuple(sizes[i : i + 3]) for i in range(1, len(sizes), 3))
         return cls(
-            source_index, source_voxels, target_index, target_voxels, table, radius, sizes[0], *rest  # type: ignore
+            source_index,
+            source_voxels,
+            target_index,
+            target_voxels,
+            table,
+            radius,
+            sizes[0],
+            *rest,  # type: ignore
         )
 
     @property

@@ -24,9 +24,7 @@ class ReferenceBackend:
     def why_not(self, problem: Problem) -> str | None:
         return None
 
-    def conv3d(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: WindowGeometry, groups: int
-    ) -> Tensor:
+    def conv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: WindowGeometry, groups: int) -> Tensor:
         dense = F.pad(_source_volume(x, geometry), _far_padding(geometry))
         y = F.conv3d(dense, weight, bias, geometry.stride, geometry.padding, 1, groups)
         return _select_target(y, geometry)
@@ -88,9 +86,7 @@ class ReferenceBackend:
                 squares[sample] = (values - mean[sample]).square().sum(0)
         return mean, squares
 
-    def norm_apply(
-        self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, geometry: BlockGeometry
-    ) -> Tensor:
+    def norm_apply(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, geometry: BlockGeometry) -> Tensor:
         per_row = [_per_row(table, geometry) for table in (mean, scale, shift)]
         y = (x.to(mean.dtype) - per_row[0]) * per_row[1] + per_row[2]
         return _zero_masked(y, geometry.voxels).to(x.dtype)

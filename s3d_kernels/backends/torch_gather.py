@@ -30,9 +30,7 @@ class TorchGatherBackend:
 
     # ---- convolution
 
-    def conv3d(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: WindowGeometry, groups: int
-    ) -> Tensor:
+    def conv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: WindowGeometry, groups: int) -> Tensor:
         if len(geometry.target_index) == 0:
             return x.new_zeros(0, *geometry.target_block, len(weight))
         windows = _gather_windows(x, geometry)
@@ -148,9 +146,7 @@ class TorchGatherBackend:
         deviation = mean - sample_mean[sample]
         return sample_mean, _sum_samples(squares + count * deviation.square(), geometry)
 
-    def norm_apply(
-        self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, geometry: BlockGeometry
-    ) -> Tensor:
+    def norm_apply(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, geometry: BlockGeometry) -> Tensor:
         mean, scale, shift = (_per_row(table, geometry) for table in (mean, scale, shift))
         # addcmul fuses the last two steps and rounds once: (x - mean) first keeps the digits of a large mean.
         y = torch.addcmul(shift, x.to(mean.dtype) - mean, scale).to(x.dtype)

@@ -48,18 +48,13 @@ def conv3d(
     backend: str,
 ) -> Tensor:
     """Convolution. Returns: [Vo, *target_block, C_out]."""
-    geometry = WindowGeometry.from_operator(
-        source_index, source_voxels, target_index, target_voxels, table, sizes
-    )
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     return choose(backend, _problem(weight, groups, geometry, x)).conv3d(x, weight, bias, geometry, groups)
 
 
 @conv3d.register_fake
-def _(
-    x, weight, bias, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
-    geometry = WindowGeometry.from_operator(
-        source_index, source_voxels, target_index, target_voxels, table, sizes
-    )
+def _(x, weight, bias, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     return x.new_empty(target_index.shape[0], *geometry.target_block, weight.shape[0])
 
 
@@ -77,19 +72,14 @@ def conv3d_grad_input(
     backend: str,
 ) -> Tensor:
     """Gradient of the convolution with respect to its input. Returns: [Vi, *source_block, C_in]."""
-    geometry = WindowGeometry.from_operator(
-        source_index, source_voxels, target_index, target_voxels, table, sizes
-    )
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     kernel = choose(backend, _problem(weight, groups, geometry, grad))
     return kernel.conv3d_grad_input(grad.contiguous(), weight, geometry, groups)
 
 
 @conv3d_grad_input.register_fake
-def _(
-    grad, weight, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
-    geometry = WindowGeometry.from_operator(
-        source_index, source_voxels, target_index, target_voxels, table, sizes
-    )
+def _(grad, weight, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     return grad.new_empty(source_index.shape[0], *geometry.source_block, weight.shape[1] * groups)
 
 
@@ -107,20 +97,15 @@ def conv3d_grad_weight(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to weight and bias. Returns: [C_out, C_in / groups, kd, kh, kw], [C_out]."""
-    geometry = WindowGeometry.from_operator(
-        source_index, source_voxels, target_index, target_voxels, table, sizes
-    )
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     weight = grad.new_empty(grad.shape[-1], x.shape[-1] // groups, 0)
     kernel = choose(backend, _problem(weight, groups, geometry, grad))
     return kernel.conv3d_grad_weight(grad.contiguous(), x.contiguous(), geometry, groups)
 
 
 @conv3d_grad_weight.register_fake
-def _(
-    grad, x, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
-    geometry = WindowGeometry.from_operator(
-        source_index, source_voxels, target_index, target_voxels, table, sizes
-    )
+def _(grad, x, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     channels = grad.shape[-1]
     return grad.new_empty(channels, x.shape[-1] // groups, *geometry.kernel_size), grad.new_empty(channels)
 

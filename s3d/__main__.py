@@ -1,0 +1,5 @@
+"""python -m s3d."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,38 @@
+"""The command line: `s3d pretrain`, `s3d demo`. Options come from the dataclasses of the commands."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import tyro
+
+from .data import BadImageError
+from .demo import DemoConfig, demo
+from .pretrain import PretrainConfig, PretrainResult, pretrain
+
+
+def _pretrain(config: PretrainConfig) -> None:
+    result: PretrainResult = pretrain(config)
+    if result.steps == config.steps:
+        share = result.final_loss / result.mean_loss
+        print(
+            f"validation loss {result.initial_loss:.4f} -> {result.final_loss:.4f}, {share:.2f} of predicting the "
+            f"visible mean ({result.mean_loss:.4f}); checkpoint: {result.checkpoint}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command. Mistakes of the user end with one line on standard error and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    commands = {"pretrain": PretrainConfig, "demo": DemoConfig}
+    config = tyro.extras.subcommand_cli_from_dict(commands, prog="s3d", args=arguments)
+    try:
+        if isinstance(config, DemoConfig):
+            demo(config)
+        else:
+            _pretrain(config)
+    except (BadImageError, ValueError, FileNotFoundError, FloatingPointError) as error:
+        logging.getLogger(__name__).debug("", exc_info=True)
+        print(f"s3d: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,148 @@
+"""S3D: a ResEnc U-Net masked autoencoder whose encoder computes only visible voxels.
+
+Source: Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation" (CVPR 2025), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from torch import Tensor, nn
+
+from s3d_kernels import BlockMask, BlockSparseTensor, sparse_instance_norm, to_sparse
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Size of a ResEnc U-Net.
+
+    Attributes:
+        features: channels of each stage, from full resolution down.
+        blocks: residual blocks of each encoder stage.
+        strides: stride of each stage; their product is the smallest mask block.
+        kernel_size: of all convolutions.
+    """
+
+    features: tuple[int, ...]
+    blocks: tuple[int, ...]
+    strides: tuple[int, ...]
+    kernel_size: int = 3
+
+    @property
+    def total_stride(self) -> int:
+        """Voxels of the input that one voxel of the lowest resolution stands for, along each axis."""
+        return math.prod(self.strides)
+
+
+PRESETS: dict[str, Preset] = {
+    # The published network: 102,348,965 parameters before densification.
+    "resenc-l": Preset((32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6), (1, 2, 2, 2, 2, 2)),
+    # The same shape for one small GPU or a patient CPU.
+    "resenc-s": Preset((16, 32, 64, 128, 160, 160), (1, 2, 2, 3, 3, 3), (1, 2, 2, 2, 2, 2)),
+    # Minutes on a laptop CPU.
+    "small": Preset((8, 16, 32, 64), (1, 2, 2, 2), (1, 2, 2, 2)),
+    # Tests.
+    "tiny": Preset((4, 8, 12), (1, 1, 1), (1, 2, 2)),
+}
+
+
+def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> ResidualEncoderUNet:
+    """The ResEnc U-Net of a preset, initialised as nnU-Net does (He normal, last norm of a residual branch zero).
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    size = PRESETS[preset]
+    unet = ResidualEncoderUNet(
+        input_channels=in_channels,
+        n_stages=len(size.features),
+        features_per_stage=list(size.features),
+        conv_op=nn.Conv3d,
+        kernel_sizes=size.kernel_size,
+        strides=list(size.strides),
+        n_blocks_per_stage=list(size.blocks),
+        num_classes=out_channels,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"negative_slope": 0.01, "inplace": True},
+        deep_supervision=False,
+    )
+    unet.apply(ResidualEncoderUNet.initialize)
+    return unet
+
+
+class S3D(nn.Module):
+    """Masked autoencoder: sparse encoder, mask tokens, densification, dense decoder.
+
+    The switches give the rows of the published ablation: all False is a dense MAE (masked voxels are zeros and the
+    encoder is dense); then ``sparse`` alone (masked positions of the encoder's features are zeros); with
+    ``mask_tokens``; with ``densify``, the method itself.
+
+    Args:
+        unet: a ResEnc U-Net, see :func:`build_unet`; becomes part of this module, its encoder is converted in place.
+        sparse: sparse convolution and normalisation in the encoder.
+        mask_tokens: per stage, instance norm (no affine) of the visible features and a learned vector elsewhere.
+        densify: a 3x3x3 convolution with bias on the filled features of every stage but the first.
+    Raises:
+        ValueError: a switch without the one it builds on.
+    """
+
+    def __init__(
+        self, unet: ResidualEncoderUNet, *, sparse: bool = True, mask_tokens: bool = True, densify: bool = True
+    ) -> None:
+        super().__init__()
+        if (mask_tokens and not sparse) or (densify and not mask_tokens):
+            raise ValueError(
+                "mask_tokens needs sparse, and densify needs mask_tokens, got "
+                f"sparse={sparse}, mask_tokens={mask_tokens}, densify={densify}"
+            )
+        self.unet = unet
+        self.sparse = sparse
+        features: Sequence[int] = unet.encoder.output_channels
+        if sparse:
+            to_sparse(unet.encoder)
+        self.mask_tokens: nn.ParameterList | None = None
+        if mask_tokens:
+            self.mask_tokens = nn.ParameterList(nn.Parameter(_mask_token(channels)) for channels in features)
+        self.densify: nn.ModuleList | None = None
+        if densify:
+            convolutions = [nn.Conv3d(channels, channels, 3, padding=1) for channels in features[1:]]
+            for convolution in convolutions:
+                ResidualEncoderUNet.initialize(convolution)
+            self.densify = nn.ModuleList([nn.Identity(), *convolutions])
+
+    def forward(
+        self,
+        x: Tensor,  # [N, C, D, H, W], z-scored
+        mask: BlockMask,  # of the same batch and volume
+    ) -> Tensor:
+        """Reconstruct the volume from its visible voxels; nothing of a masked voxel is read.
+
+        Returns: [N, C, D, H, W].
+        """
+        visible = BlockSparseTensor.from_dense(x, mask)
+        if not self.sparse:
+            return self.unet(visible.to_dense())
+        skips = [self._fill(stage, skip) for stage, skip in enumerate(self.unet.encoder(visible))]
+        return self.unet.decoder(skips)
+
+    def _fill(self, stage: int, skip: BlockSparseTensor) -> Tensor:
+        """Dense features of a stage [N, C, d, h, w] from its visible ones."""
+        if self.mask_tokens is None:
+            return skip.to_dense()
+        filled = sparse_instance_norm(skip).to_dense(fill=self.mask_tokens[stage])
+        return filled if self.densify is None else self.densify[stage](filled)
+
+
+def _mask_token(channels: int) -> Tensor:
+    """[C]: truncated normal, std 0.02, clipped at 0.02."""
+    return nn.init.trunc_normal_(torch.empty(channels), std=0.02, a=-0.02, b=0.02)

@@ -1,0 +1,110 @@
+"""Pictures and plots of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from .training_log import read_log
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from s3d_kernels import BlockMask
+
+PLANES = ("sagittal", "coronal", "axial")
+
+
+def reconstruction_figure(
+    target: Tensor,  # [N, 1, D, H, W]
+    reconstruction: Tensor,  # [N, 1, D, H, W]
+    mask: BlockMask,
+    sample: int = 0,
+    title: str = "",
+) -> Figure:
+    """Three planes through the middle of a volume: target, what the network sees, its reconstruction, the error.
+
+    The reconstruction shows the network's output at masked voxels and the target elsewhere; both share one grey scale,
+    and the title of the error column gives the mean squared error over the masked voxels of the volume.
+    """
+    from matplotlib.figure import Figure
+
+    truth = target[sample, 0].detach().float().cpu().numpy()
+    guess = reconstruction[sample, 0].detach().float().cpu().numpy()
+    visible = mask.to_dense()[sample, 0].cpu().numpy()
+    completed = np.where(visible, truth, guess)
+    error = np.where(visible, 0.0, guess - truth)
+    mse = float((error**2).sum() / max(1, (~visible).sum()))
+    low, high = np.percentile(truth, [0.5, 99.5])
+    limit = max(1e-6, float(np.percentile(np.abs(truth - truth.mean()), 99.5)))
+
+    figure = Figure(figsize=(10.5, 8.2), layout="constrained")
+    axes = figure.subplots(3, 4)
+    for row, plane in enumerate(PLANES):
+        middle = truth.shape[row] // 2
+        # Array axes are (right, anterior, superior): transposed and flipped, superior or anterior points up.
+        slices = [np.take(v, middle, axis=row).T[::-1] for v in (truth, visible, completed, error)]
+        truth_slice, visible_slice, completed_slice, error_slice = slices
+        axes[row, 0].imshow(truth_slice, cmap="gray", vmin=low, vmax=high)
+        axes[row, 1].imshow(_with_masked_blue(truth_slice, visible_slice, low, high))
+        axes[row, 2].imshow(completed_slice, cmap="gray", vmin=low, vmax=high)
+        axes[row, 3].imshow(error_slice, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes[row, 0].set_ylabel(plane)
+    for axis, name in zip(axes[0], ("target", "masked input", "reconstruction", f"error (MSE {mse:.3f})"), strict=True):
+        axis.set_title(name)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _with_masked_blue(
+    values: np.ndarray,  # [H, W]
+    visible: np.ndarray,  # [H, W] bool
+    low: float,
+    high: float,
+) -> np.ndarray:
+    """[H, W, 3] in [0, 1]: grey where visible, blue where masked, so that masked is not taken for dark."""
+    grey = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
+    return np.where(visible[..., None], grey[..., None], np.array([0.16, 0.23, 0.42]))
+
+
+def loss_figure(log: Path, baseline: float | None = None) -> Figure:
+    """Training and validation loss against the step, from ``log.csv``.
+
+    Args:
+        log: the file.
+        baseline: validation loss of predicting the mean of the visible voxels, drawn as a line.
+    """
+    from matplotlib.figure import Figure
+
+    rows = read_log(log)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    if training:
+        axes.plot(*zip(*training, strict=True), color="0.7", linewidth=0.8, label="training")
+        steps, losses = (np.array(column) for column in zip(*training, strict=True))
+        window = max(1, len(losses) // 30)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window}")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation")
+    if baseline is not None:
+        axes.axhline(baseline, color="0.3", linestyle="--", label="predicting the visible mean")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean squared error, masked voxels")
+    axes.legend()
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG of 110 dots per inch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

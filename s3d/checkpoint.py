@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file and rename: a killed run leaves the old checkpoint or the new one, never half of one."""
+    """Write to a temporary file and rename, so that a killed run never leaves half a checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "wb") as file:
@@ -32,7 +32,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         ValueError: not a checkpoint of s3d, or of a newer version.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content: Any = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -40,4 +40,4 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
-    return content
+    return dict(content)

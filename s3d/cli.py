@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
 import tyro
 
@@ -25,7 +26,7 @@ def _pretrain(config: PretrainConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. Mistakes of the user end with one line on standard error and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands = {"pretrain": PretrainConfig, "demo": DemoConfig}
+    commands: dict[str, Callable[..., DemoConfig | PretrainConfig]] = {"pretrain": PretrainConfig, "demo": DemoConfig}
     config = tyro.extras.subcommand_cli_from_dict(commands, prog="s3d", args=arguments)
     try:
         if isinstance(config, DemoConfig):

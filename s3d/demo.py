@@ -1,4 +1,4 @@
-"""s3d demo: pre-train a small model on the real brain MRI that comes with the `demo` extra, and show what it learned."""
+"""s3d demo: pre-train a small model on real brain MRI that comes with the `demo` extra; show what it learned."""
 
 from __future__ import annotations
 

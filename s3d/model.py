@@ -131,7 +131,8 @@ class S3D(nn.Module):
         """
         visible = BlockSparseTensor.from_dense(x, mask)
         if not self.sparse:
-            return self.unet(visible.to_dense())
+            reconstruction: Tensor = self.unet(visible.to_dense())
+            return reconstruction
         skips = [self._fill(stage, skip) for stage, skip in enumerate(self.unet.encoder(visible))]
         return self.unet.decoder(skips)
 

@@ -178,8 +178,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         _check_same_run(config, saved["config"], output)
         if saved["step"] >= config.steps:
             log.info("%s is complete at step %d", output, saved["step"])
-            losses = (saved[name] for name in ("initial_loss", "validation_loss", "mean_loss"))
-            return PretrainResult(saved["step"], *losses, float("nan"), checkpoint_path)
+            return PretrainResult(
+                steps=saved["step"],
+                initial_loss=saved["initial_loss"],
+                final_loss=saved["validation_loss"],
+                mean_loss=saved["mean_loss"],
+                seconds_per_step=float("nan"),
+                checkpoint=checkpoint_path,
+            )
 
     summary = preprocess(
         find_images(config.images),
@@ -414,7 +420,7 @@ def _check_finite(norm: Tensor, step: int, config: PretrainConfig) -> None:
 def _plain(config: PretrainConfig) -> dict[str, Any]:
     """The settings as plain JSON types."""
     values = dataclasses.asdict(config)
-    return json.loads(json.dumps(values, default=str))
+    return dict(json.loads(json.dumps(values, default=str)))
 
 
 def _check_same_run(config: PretrainConfig, saved: dict[str, Any], output: Path) -> None:

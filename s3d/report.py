@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from s3d_kernels import BlockMask
 
-PLANES = ("sagittal", "coronal", "axial")
+# Volumes are stored (superior, anterior, right), so slices along the three array axes are these.
+PLANES = ("axial", "coronal", "sagittal")
 
 
 def reconstruction_figure(
@@ -45,8 +46,8 @@ def reconstruction_figure(
     axes = figure.subplots(3, 4)
     for row, plane in enumerate(PLANES):
         middle = truth.shape[row] // 2
-        # Array axes are (right, anterior, superior): transposed and flipped, superior or anterior points up.
-        slices = [np.take(v, middle, axis=row).T[::-1] for v in (truth, visible, completed, error)]
+        # Flipped, so that superior (or anterior) points up.
+        slices = [np.take(v, middle, axis=row)[::-1] for v in (truth, visible, completed, error)]
         truth_slice, visible_slice, completed_slice, error_slice = slices
         axes[row, 0].imshow(truth_slice, cmap="gray", vmin=low, vmax=high)
         axes[row, 1].imshow(_with_masked_blue(truth_slice, visible_slice, low, high))

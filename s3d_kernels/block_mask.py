@@ -21,7 +21,7 @@ def triple(value: int | Sequence[int], name: str, minimum: int = 1) -> Triple:
     values = (value,) * 3 if isinstance(value, int) else tuple(value)
     if len(values) != 3 or any(not isinstance(v, int) or v < minimum for v in values):
         raise ValueError(f"{name} must be an integer or three integers >= {minimum}, got {value!r}")
-    return values  # type: ignore[return-value]
+    return values
 
 
 class BlockTables:
@@ -53,8 +53,9 @@ def neighbour_table(
 
     ``index`` and ``rows`` may belong to different block sets on the same grid (output and input of an operator).
 
-    Returns: [V, T] int32 with T = prod(2 * radius + 1); column ((dz + rz) * (2 ry + 1) + dy + ry) * (2 rx + 1) + dx + rx
-        holds the row of the block at grid offset (dz, dy, dx), -1 where it is not stored or outside the grid.
+    Returns: [V, T] int32 with T = prod(2 * radius + 1). The column of grid offset (dz, dy, dx) is
+        ((dz + rz) * (2 ry + 1) + dy + ry) * (2 rx + 1) + dx + rx; it holds the row of the block there, -1 where none
+        is stored or outside the grid.
     """
     rz, ry, rx = radius
     padded = torch.nn.functional.pad(rows, (rx, rx, ry, ry, rz, rz), value=-1)
@@ -218,7 +219,7 @@ class BlockMask:
         return per_block.new_zeros(self.batch).index_add_(0, self.index[:, 0], per_block)
 
     def same_layout(self, other: BlockMask) -> bool:
-        """Whether two masks are one: same stored blocks, resolution and visible voxels (same objects, not equal values)."""
+        """Whether two masks are one: same stored blocks, resolution and visible voxels (same objects)."""
         return self is other or (
             self.tables is other.tables
             and self.block == other.block

@@ -66,7 +66,8 @@ class BlockSparseTensor:
         elif fill.shape != (channels,):
             raise ValueError(f"fill must be a number or a vector of {channels} channels, got shape {tuple(fill.shape)}")
         fill = fill.to(self.blocks.dtype)
-        return scatter_blocks(self.blocks, fill, *_block_arguments(self.mask), backend or current_backend())
+        dense: Tensor = scatter_blocks(self.blocks, fill, *_block_arguments(self.mask), backend or current_backend())
+        return dense
 
     # ---- what other code asks of a tensor
 
@@ -193,27 +194,29 @@ class BlockSparseTensor:
     def __neg__(self) -> BlockSparseTensor:
         return self.with_blocks(-self.blocks)
 
-    def __iadd__(self, other: Any) -> BlockSparseTensor:
+    # In-place forms return a new wrapper around the same, modified blocks.
+    def __iadd__(self, other: Any) -> BlockSparseTensor:  # noqa: PYI034
         return _elementwise(operator.iadd, (self, other), {})
 
-    def __isub__(self, other: Any) -> BlockSparseTensor:
+    def __isub__(self, other: Any) -> BlockSparseTensor:  # noqa: PYI034
         return _elementwise(operator.isub, (self, other), {})
 
-    def __imul__(self, other: Any) -> BlockSparseTensor:
+    def __imul__(self, other: Any) -> BlockSparseTensor:  # noqa: PYI034
         return _elementwise(operator.imul, (self, other), {})
 
-    def __itruediv__(self, other: Any) -> BlockSparseTensor:
+    def __itruediv__(self, other: Any) -> BlockSparseTensor:  # noqa: PYI034
         return _elementwise(operator.itruediv, (self, other), {})
 
 
 _FUNCTION_NAMES = (
-    "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ gelu silu mish hardswish hardsigmoid hardtanh "
-    "hardtanh_ softplus softsign softshrink hardshrink tanhshrink threshold threshold_ logsigmoid tanh sigmoid "
-    "dropout dropout_ alpha_dropout "
-    "add sub subtract mul multiply div divide true_divide neg negative abs absolute exp expm1 log log1p log2 sqrt rsqrt "
-    "square pow reciprocal sign sin cos erf clamp clamp_ clip minimum maximum lerp addcmul addcdiv where isnan isfinite "
-    "nan_to_num zeros_like ones_like empty_like full_like rand_like randn_like"
-).split()
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu", "silu",
+    "mish", "hardswish", "hardsigmoid", "hardtanh", "hardtanh_", "softplus", "softsign", "softshrink", "hardshrink",
+    "tanhshrink", "threshold", "threshold_", "logsigmoid", "tanh", "sigmoid", "dropout", "dropout_", "alpha_dropout",
+    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg", "negative", "abs", "absolute",
+    "exp", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "square", "pow", "reciprocal", "sign", "sin", "cos", "erf",
+    "clamp", "clamp_", "clip", "minimum", "maximum", "lerp", "addcmul", "addcdiv", "where", "isnan", "isfinite",
+    "nan_to_num", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+)  # fmt: skip
 _ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(
     function
     for module in (torch, F, torch.Tensor)
@@ -221,8 +224,8 @@ _ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(
     if (function := getattr(module, name, None)) is not None
 )
 _CONCATENATE = frozenset({torch.cat, torch.concat, torch.concatenate})
-_CHANNEL_DROPOUT = frozenset({F.dropout3d, F.feature_alpha_dropout, torch.feature_dropout}) - {F.feature_alpha_dropout}
-# x.relu(), x.add(y), x.float() ...: only those that torch has as methods too.
+_CHANNEL_DROPOUT = frozenset({F.dropout3d, torch.feature_dropout})
+# x.relu(), x.add(y) ...: only those that torch has as methods too.
 _METHODS: dict[str, Callable[..., Any]] = {
     name: getattr(torch, name)
     for name in _FUNCTION_NAMES
@@ -240,7 +243,7 @@ def block_geometry(mask: BlockMask) -> BlockGeometry:
     return BlockGeometry(mask.index, mask.voxels, mask.sample_offsets, mask.batch, mask.shape, mask.block)
 
 
-def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockSparseTensor:
     """Apply to the blocks; other tensors must be numbers or per-channel."""
     masks = [a.mask for a in (*args, *kwargs.values()) if isinstance(a, BlockSparseTensor)]
     mask = masks[0]
@@ -279,7 +282,7 @@ def _concatenate(tensors: Sequence[Any], dim: int = 0) -> BlockSparseTensor:
             raise ValueError(f"torch.cat needs BlockSparseTensors with the same mask, got {list(tensors)}")
     if dim not in (1, -4):
         raise ValueError(f"a BlockSparseTensor can be concatenated along channels (dim=1) only, got dim={dim}")
-    return first.with_blocks(torch.cat([t.blocks for t in tensors], dim=-1))
+    return BlockSparseTensor(torch.cat([t.blocks for t in tensors], dim=-1), first.mask)
 
 
 def _channel_dropout(
@@ -289,4 +292,4 @@ def _channel_dropout(
     if not training or p == 0:
         return x
     keep = F.dropout3d(x.blocks.new_ones(x.mask.batch, x.blocks.shape[-1], 1, 1, 1), p)
-    return x * keep
+    return _elementwise(operator.mul, (x, keep), {})

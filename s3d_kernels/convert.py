@@ -75,7 +75,8 @@ def _why_not(module: nn.Module) -> str | None:
         return None
     for base, sparse in SPARSE_FORM.items():
         if isinstance(module, base):
-            return f"{kind.__name__} is a subclass of {base.__name__}; only {base.__name__} itself becomes {sparse.__name__}"
+            name = base.__name__
+            return f"{kind.__name__} is a subclass of {name}; only {name} itself becomes {sparse.__name__}"
     if kind.__module__.startswith("torch.nn."):
         return f"{kind.__name__} has no sparse form"
     return None

@@ -309,7 +309,7 @@ def conv_padding(kernel_size: Triple, stride: Triple, padding: int | str | Seque
             raise ValueError(f'padding must be numbers, "same" or "valid", got {padding!r}')
         padding = 0
     sizes = triple(padding, "padding", minimum=0)
-    for axis, k, s, p in zip("depth height width".split(), kernel_size, stride, sizes, strict=True):
+    for axis, k, s, p in zip(("depth", "height", "width"), kernel_size, stride, sizes, strict=True):
         if not k - s <= 2 * p < k:
             raise ValueError(
                 f"padding must make the output size the input size / stride (kernel_size - stride <= 2 * padding < "

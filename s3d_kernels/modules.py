@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .block_mask import BlockMask, triple
+from .block_mask import BlockMask, Triple, triple
 from .block_sparse import BlockSparseTensor
 
 
@@ -75,7 +75,8 @@ class SparseConv3d(nn.Conv3d):
         reason = _conv_why_not(module)
         if reason is None:
             try:
-                functional.conv_padding(module.kernel_size, module.stride, module.padding)
+                window: Triple = module.kernel_size  # type: ignore[assignment]
+                functional.conv_padding(window, triple(module.stride, "stride"), module.padding)
             except ValueError as error:
                 return str(error)
         return reason
@@ -111,7 +112,9 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
             return f"padding and output_padding must be 0, got {module.padding} and {module.output_padding}"
         return _conv_why_not(module)
 
-    def forward(self, x: Any, mask: BlockMask | None = None, output_size: list[int] | None = None) -> Any:
+    def forward(  # type: ignore[override]  # the mask comes second, as in all modules here
+        self, x: Any, mask: BlockMask | None = None, output_size: list[int] | None = None
+    ) -> Any:
         if output_size is not None and (mask is not None or isinstance(x, BlockSparseTensor)):
             raise ValueError(f"output_size is not supported for sparse input, got {output_size}")
         dense = super().forward

@@ -139,16 +139,22 @@ class WindowGeometry:
         sizes: list[int],
     ) -> WindowGeometry:
         """The geometry from the tensors and numbers that an operator was called with."""
-        radius, *rest = (tuple(sizes[i : i + 3]) for i in range(1, len(sizes), 3))
+        radius, shape, target_block, kernel_size, stride, padding = (
+            (sizes[i], sizes[i + 1], sizes[i + 2]) for i in range(1, len(sizes), 3)
+        )
         return cls(
-            source_index,
-            source_voxels,
-            target_index,
-            target_voxels,
-            table,
-            radius,
-            sizes[0],
-            *rest,  # type: ignore
+            source_index=source_index,
+            source_voxels=source_voxels,
+            target_index=target_index,
+            target_voxels=target_voxels,
+            table=table,
+            radius=radius,
+            batch=sizes[0],
+            shape=shape,
+            target_block=target_block,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
         )
 
     @property

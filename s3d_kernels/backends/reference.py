@@ -51,19 +51,19 @@ class ReferenceBackend:
         return grad_weight, grad_bias
 
     def pool3d(self, x: Tensor, geometry: WindowGeometry, kind: PoolKind, divisor: int) -> Tensor:
-        dense = _source_volume(x, geometry)
+        dense = _poolable(_source_volume(x, geometry))
         window = geometry.kernel_size, geometry.stride, geometry.padding
         if kind == "max":
-            return _select_target(F.max_pool3d(dense, *window), geometry)
+            return _select_target(F.max_pool3d(dense, *window).to(x.dtype), geometry)
         y = F.avg_pool3d(dense, *window, count_include_pad=divisor != 0, divisor_override=divisor or None)
-        return _select_target(y, geometry)
+        return _select_target(y.to(x.dtype), geometry)
 
     def pool3d_grad(
         self, grad: Tensor, x: Tensor | None, geometry: WindowGeometry, kind: PoolKind, divisor: int
     ) -> Tensor:
         if x is None:  # the gradient of an average does not depend on it
             x = grad.new_zeros(len(geometry.source_index), *geometry.source_block, grad.shape[-1])
-        dense, dense_grad = _source_volume(x, geometry), _target_volume(grad, geometry)
+        dense, dense_grad = _poolable(_source_volume(x, geometry)), _poolable(_target_volume(grad, geometry))
         window = geometry.kernel_size, geometry.stride, geometry.padding
         if kind == "max":
             _, winners = torch.ops.aten.max_pool3d_with_indices(dense, *window)
@@ -74,6 +74,7 @@ class ReferenceBackend:
             grad_input = torch.ops.aten.avg_pool3d_backward(
                 dense_grad, dense, *window, False, divisor != 0, divisor or None
             )
+        grad_input = grad_input.to(grad.dtype)
         return _select(grad_input, geometry.source_index, geometry.source_voxels, geometry.source_block)
 
     def norm_statistics(self, x: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
@@ -194,9 +195,10 @@ def _select_target(dense: Tensor, geometry: WindowGeometry) -> Tensor:
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: WindowGeometry, groups: int, which: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad, x, weight, [grad.shape[1]], geometry.stride, geometry.padding, [1] * 3, False, [0] * 3, groups, which
     )
+    return gradients
 
 
 def _far_padding(geometry: WindowGeometry) -> list[int]:
@@ -209,6 +211,11 @@ def _far_padding(geometry: WindowGeometry) -> list[int]:
     )
     extra = [max(0, (out - 1) * s + k - p - size - p) for size, out, k, s, p in sizes]
     return [0, extra[2], 0, extra[1], 0, extra[0]]
+
+
+def _poolable(dense: Tensor) -> Tensor:
+    """float32 for half precision on the CPU, where torch has no average pooling for it."""
+    return dense.float() if dense.device.type == "cpu" and dense.dtype.itemsize < 4 else dense
 
 
 def _sample_values(x: Tensor, geometry: BlockGeometry, sample: int) -> Tensor:

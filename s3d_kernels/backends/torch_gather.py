@@ -102,14 +102,14 @@ class TorchGatherBackend:
         if len(geometry.target_index) == 0:
             return x.new_zeros(0, *geometry.target_block, x.shape[-1])
         size, stride = geometry.kernel_size, geometry.stride
-        windows = _gather_windows(x, geometry).permute(0, 4, 1, 2, 3)
+        windows = _poolable(_gather_windows(x, geometry)).permute(0, 4, 1, 2, 3)
         if kind == "max":
             y = F.max_pool3d(_without_outside(windows, geometry), size, stride)
         elif divisor > 0:
             y = F.avg_pool3d(windows, size, stride, divisor_override=divisor)
         else:
             y = F.avg_pool3d(windows, size, stride, divisor_override=1) / _voxels_inside(geometry, windows)
-        return _zero_masked(_channels_last(y), geometry.target_voxels)
+        return _zero_masked(_channels_last(y).to(x.dtype), geometry.target_voxels)
 
     def pool3d_grad(
         self, grad: Tensor, x: Tensor | None, geometry: WindowGeometry, kind: PoolKind, divisor: int
@@ -118,9 +118,11 @@ class TorchGatherBackend:
         if len(geometry.target_index) == 0 or rows == 0:
             return grad.new_zeros(rows, *geometry.source_block, grad.shape[-1])
         size, stride, no_padding = geometry.kernel_size, geometry.stride, [0] * 3
-        grad = _zero_masked(grad, geometry.target_voxels).permute(0, 4, 1, 2, 3)
+        dtype = grad.dtype
+        grad = _poolable(_zero_masked(grad, geometry.target_voxels)).permute(0, 4, 1, 2, 3)
         if x is not None and kind == "max":
-            windows = _without_outside(_gather_windows(x, geometry).permute(0, 4, 1, 2, 3), geometry)
+            windows = _poolable(_gather_windows(x, geometry)).permute(0, 4, 1, 2, 3)
+            windows = _without_outside(windows, geometry)
             _, winners = torch.ops.aten.max_pool3d_with_indices(windows, size, stride)
             grad_windows = torch.ops.aten.max_pool3d_with_indices_backward(
                 grad, windows, size, stride, no_padding, [1] * 3, False, winners
@@ -133,7 +135,8 @@ class TorchGatherBackend:
             grad_windows = torch.ops.aten.avg_pool3d_backward(
                 grad, like, size, stride, no_padding, False, True, divisor or 1
             )
-        return _zero_masked(_scatter_windows(_channels_last(grad_windows), geometry), geometry.source_voxels)
+        grad_input = _scatter_windows(_channels_last(grad_windows), geometry).to(dtype)
+        return _zero_masked(grad_input, geometry.source_voxels)
 
     # ---- normalisation
 
@@ -222,8 +225,8 @@ class _Piece(NamedTuple):
     """The part of every window that lies in one neighbouring block."""
 
     column: int  # of the neighbour table
-    window: tuple[slice, slice, slice]  # its place in the window
-    block: tuple[slice, slice, slice]  # its place in the neighbouring block
+    window: tuple[slice, ...]  # its place in the windows [V, D, H, W]
+    block: tuple[slice, ...]  # its place in the neighbouring blocks [V, D, H, W]
 
 
 def _pieces(block: Sequence[int], radius: Triple, low: Sequence[int], high: Sequence[int]) -> list[_Piece]:
@@ -238,8 +241,9 @@ def _pieces(block: Sequence[int], radius: Triple, low: Sequence[int], high: Sequ
                 parts.append((offset + reach, window, slice(start - offset * side, stop - offset * side)))
         per_axis.append(parts)
     width = [2 * r + 1 for r in radius]
+    every = slice(None)
     return [
-        _Piece((z[0] * width[1] + y[0]) * width[2] + x[0], (z[1], y[1], x[1]), (z[2], y[2], x[2]))
+        _Piece((z[0] * width[1] + y[0]) * width[2] + x[0], (every, z[1], y[1], x[1]), (every, z[2], y[2], x[2]))
         for z, y, x in itertools.product(*per_axis)
     ]
 
@@ -261,8 +265,8 @@ def _gather_halo(
     if len(x) == 0:
         return windows.zero_()
     for piece in _pieces(block, radius, low, high):
-        place = windows[(slice(None), *piece.window)]
-        part = x[(slice(None), *piece.block)]
+        place = windows[piece.window]
+        part = x[piece.block]
         if in_place and piece.column == table.shape[1] // 2:
             place.copy_(part)
             continue
@@ -293,9 +297,9 @@ def _scatter_windows(windows: Tensor, geometry: WindowGeometry) -> Tensor:
     x = windows.new_zeros(len(geometry.source_index), *geometry.source_block, windows.shape[-1])
     for piece in _pieces(geometry.source_block, geometry.radius, low, high):
         rows = geometry.table[:, piece.column].long()
-        values = torch.where((rows >= 0)[:, None, None, None, None], windows[(slice(None), *piece.window)], 0)
+        values = torch.where((rows >= 0)[:, None, None, None, None], windows[piece.window], 0)
         # In one column a row occurs at most once (but for zeros), so the order of additions cannot matter.
-        x[(slice(None), *piece.block)].index_add_(0, rows.clamp(min=0), values)
+        x[piece.block].index_add_(0, rows.clamp(min=0), values)
     return x
 
 
@@ -312,6 +316,11 @@ def _reverse_table(table: Tensor, num_rows: int) -> Tensor:
     outputs = torch.arange(len(table), device=table.device, dtype=table.dtype)[:, None].expand_as(table)
     target = torch.where(table >= 0, table, num_rows).long().flip(1)
     return reverse.scatter_(0, target, outputs.flip(1))[:num_rows]
+
+
+def _poolable(x: Tensor) -> Tensor:
+    """float32 for half precision on the CPU, where torch has no average pooling for it."""
+    return x.float() if x.device.type == "cpu" and x.dtype.itemsize < 4 else x
 
 
 def _outside(

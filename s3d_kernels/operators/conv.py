@@ -110,7 +110,7 @@ def _(grad, x, source_index, source_voxels, target_index, target_voxels, table, 
     return grad.new_empty(channels, x.shape[-1] // groups, *geometry.kernel_size), grad.new_empty(channels)
 
 
-def save_operands(ctx: Any, operands: tuple[Tensor, ...], rest: Sequence[Any]) -> None:
+def save_operands(ctx: Any, operands: tuple[Tensor | None, ...], rest: Sequence[Any]) -> None:
     """Keep operands and everything behind them for :func:`load_operands`."""
     ctx.save_for_backward(*operands, *rest[:_GEOMETRY_TENSORS])
     ctx.numbers = rest[_GEOMETRY_TENSORS:]

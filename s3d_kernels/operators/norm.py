@@ -169,7 +169,7 @@ def _normalize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             sums = torch.cat([of_grad, of_product], 1)
             # One reduction for both tables: across ranks its latency counts, not its size.
             shared = sum_shared(sums, ctx.over, 2 * ctx.groups, ctx.synchronise)
-            offset, slope = (part * per_value for part in shared.split(mean.shape[1], 1))
+            offset, slope = (part * per_value for part in shared.chunk(2, 1))
         grad_x = norm_grad_input(grad, x, mean, rstd, scale, offset.contiguous(), slope.contiguous(), *geometry)
     return grad_x, grad_weight, grad_bias, *(None,) * 11
 

@@ -237,7 +237,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     with use_backend(config.backend), _stop_signals() as stop, _closing(training_log):
         if start_step == 0:
             initial_loss = validation_loss = validator(model, training_log, 0)
-        progress = tqdm(total=config.steps, initial=start_step, unit="step", desc="pre-training", smoothing=0.05)
+        progress = tqdm(total=config.steps, initial=start_step, unit="step", desc="pre-training")
         while step < config.steps and not stop:
             begin = time.perf_counter()
             x: Tensor = next(batches)["image"].to(device, non_blocking=True)

@@ -1,0 +1,140 @@
+"""S3D: sparse equals dense-with-mask, ablation rows, parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from s3d.loss import masked_mse
+from s3d.masking import MaskSampler
+from s3d.model import PRESETS, S3D, build_unet
+from s3d_kernels import BlockMask, use_backend
+
+ROWS = [
+    {"sparse": False, "mask_tokens": False, "densify": False},
+    {"sparse": True, "mask_tokens": False, "densify": False},
+    {"sparse": True, "mask_tokens": True, "densify": False},
+    {"sparse": True, "mask_tokens": True, "densify": True},
+]
+
+
+def tiny(**switches: bool) -> S3D:
+    torch.manual_seed(0)
+    model = S3D(build_unet("tiny"), **switches)
+    for parameter in model.parameters():  # the last norm of a branch starts at zero and would hide the branch
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=0.5, std=0.2)
+    return model
+
+
+def problem(batch: int = 2) -> tuple[torch.Tensor, BlockMask]:
+    x = torch.randn(batch, 1, 16, 24, 16, generator=torch.Generator().manual_seed(1))
+    return x, MaskSampler((16, 24, 16), 8, (0.4, 0.8), seed=3)(batch, 0)
+
+
+def test_resenc_l_has_the_published_number_of_parameters() -> None:
+    assert sum(p.numel() for p in build_unet("resenc-l").parameters()) == 102_348_965
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "resenc-l"])
+def test_presets_run(preset: str) -> None:
+    side = PRESETS[preset].total_stride
+    mask = BlockMask.random(1, 2, side, 0.5, torch.Generator().manual_seed(0))
+    y = S3D(build_unet(preset))(torch.randn(1, 1, *mask.shape), mask)
+    assert y.shape == (1, 1, *mask.shape)
+    assert y.isfinite().all()
+
+
+def test_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match=r"preset must be one of .*'resenc-l'.* got 'resnet'"):
+        build_unet("resnet")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_nothing_of_a_masked_voxel_reaches_output_or_gradients(row: dict[str, bool]) -> None:
+    model = tiny(**row)
+    x, mask = problem()
+    results = []
+    for masked_value in (0.0, float("nan")):
+        model.zero_grad()
+        y = model(torch.where(mask.to_dense(), x, masked_value), mask)
+        masked_mse(y, x, mask).backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 10
+    for with_zeros, with_nan in zip(*results, strict=True):
+        assert torch.equal(with_zeros, with_nan)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_backends_agree(row: dict[str, bool]) -> None:
+    model = tiny(**row).double()
+    x, mask = problem()
+    outputs = []
+    for backend in ("reference", "torch"):
+        with use_backend(backend):
+            model.zero_grad()
+            y = model(x.double(), mask)
+            masked_mse(y, x.double(), mask).backward()
+            outputs.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            # Biases in front of a norm have a zero gradient in exact arithmetic: an absolute floor.
+    scale = max(float(g.abs().max()) for g in outputs[0])
+    for expected, got in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7 * scale)
+
+
+def test_full_method_uses_every_parameter() -> None:
+    model = tiny()
+    x, mask = problem()
+    masked_mse(model(x, mask), x, mask).backward()
+    # Deep supervision heads of the U-Net other than the last are unused by design of the U-Net.
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    heads = len(model.unet.decoder.seg_layers) - 1
+    assert unused == {f"unet.decoder.seg_layers.{i}.{kind}" for i in range(heads) for kind in ("weight", "bias")}
+    assert all(token.grad.abs().sum() > 0 for token in model.mask_tokens)
+
+
+def test_dense_row_is_the_network_on_zero_filled_input() -> None:
+    model = tiny(**ROWS[0])
+    x, mask = problem()
+    expected = model.unet(torch.where(mask.to_dense(), x, 0.0))
+    torch.testing.assert_close(model(x, mask), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mask_tokens_fill_normalised_features() -> None:
+    """Skips of the row with tokens: mean 0 and variance 1 over visible voxels, the token elsewhere."""
+    model = tiny(**ROWS[2])
+    x, mask = problem()
+    seen: list[torch.Tensor] = []
+    model.unet.decoder.register_forward_pre_hook(lambda module, arguments: seen.extend(arguments[0]))
+    model(x, mask)
+    assert len(seen) == 3
+    for stage, skip in enumerate(seen):
+        visible = mask.downsample(2**stage).to_dense().expand_as(skip)
+        token = model.mask_tokens[stage].view(1, -1, 1, 1, 1).expand_as(skip)
+        assert torch.equal(skip[~visible], token[~visible])
+        for sample, shown in zip(skip, visible, strict=True):
+            values = sample[shown].view(sample.shape[0], -1)
+            assert values.mean(1).abs().max() < 1e-4
+            assert (values.var(1, correction=0) - 1).abs().max() < 0.02
+
+
+def test_densification_has_no_convolution_at_full_resolution() -> None:
+    model = tiny()
+    assert isinstance(model.densify[0], nn.Identity)
+    assert [c.weight.shape for c in list(model.densify)[1:]] == [(8, 8, 3, 3, 3), (12, 12, 3, 3, 3)]
+    assert all(c.bias is not None for c in list(model.densify)[1:])
+
+
+def test_tokens_start_small() -> None:
+    tokens = S3D(build_unet("resenc-s")).mask_tokens
+    assert all(token.abs().max() <= 0.02 for token in tokens)
+    assert torch.cat(list(tokens)).std() > 0.005
+
+
+def test_switches_need_each_other() -> None:
+    with pytest.raises(ValueError, match="densify needs mask_tokens"):
+        S3D(build_unet("tiny"), mask_tokens=False)
+
+
+def test_network_state_loads_into_the_plain_unet() -> None:
+    model = tiny()
+    build_unet("tiny").load_state_dict(model.unet.state_dict())

@@ -210,8 +210,8 @@ class BlockSparseTensor:
 
 _FUNCTION_NAMES = (
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu",
-    "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "hardtanh_", "softplus", "softsign", "softshrink", "hardshrink",
-    "tanhshrink", "threshold", "threshold_", "logsigmoid",
+    "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "hardtanh_", "softplus", "softsign", "softshrink",
+    "hardshrink", "tanhshrink", "threshold", "threshold_", "logsigmoid",
     "tanh", "sigmoid", "dropout", "dropout_", "alpha_dropout",
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg", "negative", "abs", "absolute",
     "exp", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "square", "pow", "reciprocal", "sign", "sin", "cos", "erf",

@@ -264,9 +264,9 @@ def test_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         main(["pretrain", "--help"])
     options = set(re.findall(r"--([a-z][a-z-]+)", capsys.readouterr().out))
     expected = """
-        augment backend batch-size cache-dir checkpoint-every densify device gradient-clip help images learning-rate  
-        log-every mask-block mask-ratio mask-tokens momentum no-augment no-densify no-mask-tokens no-skip-bad  
-        no-sparse output-dir patch-size precision preset seed skip-bad spacing-mm sparse steps validate-every  
+        augment backend batch-size cache-dir checkpoint-every densify device gradient-clip help images learning-rate
+        log-every mask-block mask-ratio mask-tokens momentum no-augment no-densify no-mask-tokens no-skip-bad
+        no-sparse output-dir patch-size precision preset seed skip-bad spacing-mm sparse steps validate-every
         validation-fraction weight-decay workers
     """.split()
     assert options == set(expected)

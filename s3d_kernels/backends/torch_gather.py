@@ -81,9 +81,14 @@ class TorchGatherBackend:
         if len(geometry.target_index) == 0:
             return torch.zeros_like(weight), x.new_zeros(len(weight))
         grad = _zero_masked(grad, geometry.target_voxels)
+        windows = _gather_windows(x, geometry)
+        if windows.shape[1:4] == geometry.source_block:
+            # Without a halo no window crosses a block, so the blocks can be stacked to one volume: the sum over them is
+            # then one inner sum of the library and not a sum over the batch, which some add up in half precision.
+            grad, windows = (t.view(1, -1, *t.shape[2:]) for t in (grad, windows))
         _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad.permute(0, 4, 1, 2, 3),
-            _gather_windows(x, geometry).permute(0, 4, 1, 2, 3),
+            windows.permute(0, 4, 1, 2, 3),
             weight,
             [len(weight)],
             geometry.stride,
@@ -374,6 +379,8 @@ def _block_moments(x: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor, 
     """Visible voxels [V, 1], their mean [V, C] and their squared deviations from it [V, C], per block."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     values = x.to(dtype)
+    if len(x) == 0:
+        return values.new_zeros(0, 1), values.new_zeros(0, x.shape[-1]), values.new_zeros(0, x.shape[-1])
     if geometry.voxels is None:
         voxels = math.prod(geometry.block)
         variance, mean = torch.var_mean(values, (1, 2, 3), correction=0)

@@ -1,0 +1,305 @@
+"""Every operator of every backend, in every dtype, against the float64 oracle: output and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
+from s3d_kernels.block_sparse import block_geometry
+from s3d_kernels.operators import blocks, conv, norm, pool
+
+# Relative l2 error of a whole tensor, or twice that of torch's dense operator in the same dtype, where that is larger
+# (its half-precision convolutions on the CPU add up many products in half precision). A single voxel's row may be off by ten times as much (relative to the typical
+# row), so that one garbage voxel among ten thousand is caught.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+WORST_ROW = 10.0
+
+Triple = tuple[int, int, int]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _with_empty_sample() -> BlockMask:
+    grid = torch.rand(3, 2, 3, 2, generator=seeded(3)) < 0.5
+    grid[1] = False
+    return BlockMask.from_grid(grid, 4)
+
+
+MASKS: dict[str, Callable[[], BlockMask]] = {
+    "side 8": lambda: BlockMask.random(2, (2, 1, 2), 8, 0.5, seeded(0)),
+    "side 4, unequal": lambda: BlockMask.random(3, (2, 3, 2), 4, (0.2, 0.9), seeded(1)),
+    "side 2": lambda: BlockMask.random(2, (3, 4, 3), 2, 0.7, seeded(2)),
+    "side 1": lambda: BlockMask.random(2, (5, 4, 6), 1, 0.7, seeded(3)),
+    "anisotropic": lambda: BlockMask.random(2, (3, 2, 2), (1, 4, 6), 0.5, seeded(4)),
+    "empty sample": _with_empty_sample,
+    "everything": lambda: BlockMask.random(2, 2, 4, 0.0),
+    "nothing": lambda: BlockMask.random(2, 2, 4, 1.0),
+    "voxels": lambda: BlockMask.from_voxels(torch.rand(2, 9, 10, 7, generator=seeded(5)) < 0.3, 4),
+}
+
+Inputs = list[Tensor]  # x, then weights
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator: the sparse call, its oracle, the shapes of its weights."""
+
+    name: str
+    sparse: Callable[[BlockSparseTensor, Sequence[Tensor]], BlockSparseTensor]
+    dense: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+    weights: tuple[tuple[int, ...], ...] = ()
+    channels: int = 4
+    needs_even: bool = False  # whether the volume must be a multiple of 2
+
+
+def conv_case(
+    name: str,
+    kernel: Triple,
+    stride: Triple = (1, 1, 1),
+    padding: Triple | str = (0, 0, 0),
+    groups: int = 1,
+    out: int = 6,
+) -> Case:
+    return Case(
+        name,
+        lambda x, w: functional.sparse_conv3d(x, w[0], w[1], stride, padding, groups),
+        lambda x, m, w: oracle.conv3d(x, m, w[0], w[1], stride, padding, groups),
+        ((out, 4 // groups, *kernel), (out,)),
+        needs_even=kernel == (2, 2, 2) and stride != (1, 1, 1),
+    )
+
+
+def pool_case(name: str, kind: str, k: Triple, stride: Triple, padding: Triple, include: bool = True) -> Case:
+    return Case(
+        name,
+        lambda x, w: functional.sparse_pool3d(x, kind, k, stride, padding, None, include),  # type: ignore[arg-type]
+        lambda x, m, w: oracle.pool3d(x, m, kind, k, stride, padding, include),
+        needs_even=k == (2, 2, 2),
+    )
+
+
+def norm_case(name: str, groups: int | str, sparse: Callable[..., BlockSparseTensor]) -> Case:
+    return Case(
+        name,
+        lambda x, w: sparse(x, w[0], w[1]),
+        lambda x, m, w: oracle.norm(x, m, w[0], w[1], 1e-5, groups),
+        ((4,), (4,)),
+    )
+
+
+CASES = [
+    conv_case("conv 3", (3, 3, 3), padding=(1, 1, 1)),
+    conv_case("conv 1", (1, 1, 1)),
+    conv_case("conv 5", (5, 5, 5), padding=(2, 2, 2)),
+    conv_case("conv 7", (7, 7, 7), padding=(3, 3, 3), out=3),
+    conv_case("conv 1x3x3", (1, 3, 3), padding=(0, 1, 1)),
+    conv_case("conv 3 stride 2", (3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    conv_case("conv 1x3x3 stride 1x2x2", (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    conv_case("conv 1 stride 2", (1, 1, 1), (2, 2, 2)),
+    conv_case("conv 2 stride 2", (2, 2, 2), (2, 2, 2)),
+    conv_case("conv 2 same", (2, 2, 2), padding="same"),
+    conv_case("conv groups", (3, 3, 3), padding=(1, 1, 1), groups=2),
+    conv_case("conv depthwise stride 2", (3, 3, 3), (2, 2, 2), (1, 1, 1), groups=4, out=4),
+    Case(
+        "conv transpose",
+        lambda x, w: functional.sparse_conv_transpose3d(x, w[0], w[1]),
+        lambda x, m, w: oracle.conv_transpose3d(x, m, w[0], w[1], 1),
+        ((4, 5, 2, 1, 2), (5,)),
+    ),
+    Case(
+        "conv transpose groups",
+        lambda x, w: functional.sparse_conv_transpose3d(x, w[0], None, 2),
+        lambda x, m, w: oracle.conv_transpose3d(x, m, w[0], None, 2),
+        ((4, 3, 2, 2, 2),),
+    ),
+    norm_case("instance norm", 4, functional.sparse_instance_norm),
+    norm_case("group norm", 2, lambda x, w, b: functional.sparse_group_norm(x, 2, w, b)),
+    norm_case("batch norm", "batch", lambda x, w, b: functional.sparse_batch_norm(x, None, None, w, b, training=True)),
+    pool_case("average 2", "avg", (2, 2, 2), (2, 2, 2), (0, 0, 0)),
+    pool_case("average 3", "avg", (3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    pool_case("average 3 without padding", "avg", (3, 3, 3), (1, 1, 1), (1, 1, 1), include=False),
+    pool_case("maximum 2", "max", (2, 2, 2), (2, 2, 2), (0, 0, 0)),
+    pool_case("maximum 1x3x3", "max", (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+]
+
+
+def draw(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
+    """Random values that every checked dtype can represent, so that only arithmetic differs."""
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).to(torch.bfloat16).to(dtype)
+
+
+def run(case: Case, mask: BlockMask, dtype: torch.dtype, backend: str, masked: float = float("nan")) -> list[Tensor]:
+    """Output and gradients, with `masked` written into every masked voxel of input and upstream gradient."""
+    visible = mask.to_dense()
+    x = torch.where(visible, draw((mask.batch, case.channels, *mask.shape), 1, dtype), masked).requires_grad_()
+    weights = [draw(s, 2 + i, dtype).requires_grad_() for i, s in enumerate(case.weights)]
+    with use_backend(backend):
+        y = case.sparse(BlockSparseTensor.from_dense(x, mask), weights)
+        upstream = torch.where(y.mask.to_dense(), draw(y.shape, 9, dtype), masked)
+        dense = y.to_dense()
+        return [dense.detach(), *torch.autograd.grad(dense, [x, *weights], upstream)]
+
+
+def expected(case: Case, mask: BlockMask, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    visible = mask.to_dense()
+    x = torch.where(visible, draw((mask.batch, case.channels, *mask.shape), 1, dtype), 0.0).requires_grad_()
+    weights = [draw(s, 2 + i, dtype).requires_grad_() for i, s in enumerate(case.weights)]
+    y = case.dense(x, visible, weights)
+    return [y.detach(), *torch.autograd.grad(y, [x, *weights], draw(y.shape, 9, dtype))]
+
+
+def tolerances(case: Case, mask: BlockMask, dtype: torch.dtype, truth: list[Tensor]) -> list[float]:
+    """For the output and each gradient."""
+    least = [TOLERANCE[dtype]] * len(truth)
+    if dtype.itemsize > 2 or not case.name.startswith("conv"):
+        return least
+    dense = expected(case, mask, dtype)
+    return [
+        max(low, 2 * float((a.double() - b).norm() / b.norm().clamp(min=1e-300)))
+        for low, a, b in zip(least, dense, truth, strict=True)
+    ]
+
+
+def assert_close(got: Tensor, truth: Tensor, dtype: torch.dtype, tolerance: float, what: str) -> None:
+    assert got.dtype == dtype
+    assert got.isfinite().all(), f"{what}: not finite"
+    error = got.double() - truth
+    norm_ = float(truth.norm())
+    assert float(error.norm()) <= tolerance * norm_ + 1e-300, f"{what}: {float(error.norm()) / norm_:.1e}"
+    if truth.dim() == 5 and norm_ > 0:
+        rows, true_rows = (t.flatten(2).norm(dim=1) for t in (error, truth))
+        typical = float(true_rows[true_rows > 0].square().mean().sqrt())
+        assert float(rows.max()) <= WORST_ROW * tolerance * typical, f"{what}: worst row"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend", list(REGISTRY))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_against_the_oracle(case: Case, backend: str, dtype: torch.dtype) -> None:
+    for name, make in MASKS.items():
+        mask = make()
+        if case.needs_even and any(side % 2 for side in mask.shape):
+            continue
+        truth = expected(case, mask)
+        allowed = tolerances(case, mask, dtype, truth)
+        got = run(case, mask, dtype, backend)
+        zeros = run(case, mask, dtype, backend, masked=0.0)
+        for i, (a, b, c) in enumerate(zip(got, truth, zeros, strict=True)):
+            what = f"{name}, {'output' if i == 0 else f'gradient {i - 1}'}"
+            assert torch.equal(a, c), f"{what}: NaN at masked voxels changed the result"
+            assert_close(a, b, dtype, allowed[i], what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", list(REGISTRY))
+def test_convolution_errs_at_most_twice_as_much_as_torch(backend: str, dtype: torch.dtype) -> None:
+    case, mask = CASES[0], BlockMask.random(1, 2, 8, 0.0)
+    truth = expected(case, mask)
+    got = run(case, mask, dtype, backend)
+    x, weight, bias = (t.detach() for t in _inputs(case, mask, dtype))
+    dense = torch.nn.functional.conv3d(x, weight, bias, padding=1)
+    ours, theirs = ((y.double() - truth[0]).norm() for y in (got[0], dense))
+    assert ours <= 2 * theirs
+
+
+def _inputs(case: Case, mask: BlockMask, dtype: torch.dtype) -> Inputs:
+    x = draw((mask.batch, case.channels, *mask.shape), 1, dtype)
+    return [x, *(draw(s, 2 + i, dtype) for i, s in enumerate(case.weights))]
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("backend", list(REGISTRY))
+def test_statistics_are_safe_far_from_zero(backend: str, partial: bool, mean: float) -> None:
+    """E[x^2] - E[x]^2 in float32 would have no correct digit of the variance here."""
+    mask = MASKS["voxels" if partial else "side 8"]()
+    x = torch.randn(mask.batch, 3, *mask.shape, generator=seeded(0)) + mean
+    with use_backend(backend):
+        y = functional.sparse_instance_norm(BlockSparseTensor.from_dense(x, mask)).to_dense()
+    truth = oracle.norm(x.double(), mask.to_dense(), None, None, 1e-5, 3)
+    # The input itself is rounded to 6e-8 * mean, and so is the mean.
+    assert float((y - truth).norm() / truth.norm()) < 1e-6 * mean / 4
+
+
+@pytest.mark.parametrize("backend", list(REGISTRY))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_same_bits_from_run_to_run(case: Case, backend: str) -> None:
+    mask = MASKS["side 4, unequal"]()
+    first = run(case, mask, torch.float32, backend)
+    for _ in range(4):
+        for a, b in zip(first, run(case, mask, torch.float32, backend), strict=True):
+            assert torch.equal(a, b)
+
+
+GRADCHECK_MASK = BlockMask.from_voxels(torch.rand(2, 3, 4, 3, generator=seeded(6)) < 0.6, 2)
+
+
+@pytest.mark.parametrize("backend", list(REGISTRY))
+@pytest.mark.parametrize("case", [c for c in CASES if not c.needs_even], ids=lambda c: c.name)
+def test_gradcheck(case: Case, backend: str) -> None:
+    inputs = [t.requires_grad_() for t in _inputs(case, GRADCHECK_MASK, torch.float64)]
+
+    def function(x: Tensor, *weights: Tensor) -> Tensor:
+        return case.sparse(BlockSparseTensor.from_dense(x, GRADCHECK_MASK), weights).to_dense()
+
+    with use_backend(backend):
+        torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        if case.name in ("conv 3", "conv 3 stride 2", "conv transpose", "conv groups"):
+            torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
+    """Every custom operator with arguments for opcheck."""
+    calls: list[tuple[object, tuple[object, ...]]] = []
+    for mask in (MASKS["side 4, unequal"](), MASKS["voxels"]()):
+        geometry = block_geometry(mask)
+        where = (geometry.index, geometry.voxels, geometry.sample_offsets, geometry.sizes(), name)
+        x = torch.randn(mask.num_blocks, *mask.block, 4, requires_grad=True)
+        grad = torch.randn_like(x)
+        table = torch.rand(mask.batch, 4)
+        dense = torch.randn(mask.batch, 4, *mask.shape)
+        last = dense.clone(memory_format=torch.channels_last_3d).requires_grad_()
+        calls += [
+            (blocks.gather_blocks, (dense.requires_grad_(), *where)),
+            (blocks.gather_blocks, (last, *where)),
+            (blocks.scatter_blocks, (x, torch.randn(4, requires_grad=True), *where)),
+            (norm.norm_statistics, (x.detach(), *where)),
+            (norm.norm_grad_sums, (grad, x.detach(), table, table, *where)),
+            (norm.norm_grad_input, (grad, x.detach(), table, table, table, table, table, *where)),
+        ]
+        vectors = [torch.randn(4, requires_grad=True) for _ in range(2)]
+        count = mask.visible_voxels()[:, None].expand(-1, 4).float().contiguous()
+        calls.append((norm.normalize, (x, *vectors, table, table, count, *where[:-1], "sample", 4, False, name)))
+        window = functional._window_geometry(mask, mask, (3, 3, 3), (1, 1, 1), (1, 1, 1))
+        tensors = functional._arguments(window)
+        weight, bias = torch.randn(6, 4, 3, 3, 3, requires_grad=True), torch.randn(6, requires_grad=True)
+        out = torch.randn(mask.num_blocks, *mask.block, 6, requires_grad=True)
+        calls += [
+            (conv.conv3d, (x, weight, bias, *tensors, 1, name)),
+            (conv.conv3d_grad_input, (out, weight, *tensors, 1, name)),
+            (conv.conv3d_grad_weight, (out, x, *tensors, 1, name)),
+            (pool.pool3d, (x, *tensors, "max", 27, name)),
+            (pool.pool3d, (x, *tensors, "avg", 27, name)),
+            (pool.pool3d_grad, (grad, x.detach(), *tensors, "max", 27, name)),
+            (pool.pool3d_grad, (grad, None, *tensors, "avg", 27, name)),
+        ]
+    return calls
+
+
+# opcheck itself reads .grad of its permuted copies.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backend", list(REGISTRY))
+def test_opcheck(backend: str) -> None:
+    checked = set()
+    for operator, arguments in operator_calls(backend):
+        torch.library.opcheck(operator, arguments)  # type: ignore[arg-type]
+        checked.add(operator._name)  # type: ignore[attr-defined]
+    assert len(checked) == 11

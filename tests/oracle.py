@@ -21,14 +21,10 @@ def select(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def downsample(mask: Tensor, stride: Triple) -> Tensor:
-    """A voxel is visible if any voxel that it covers is. Plain loops."""
-    n, _, *size = mask.shape
-    out = torch.zeros(n, 1, *(-(-e // s) for e, s in zip(size, stride)), dtype=torch.bool)
-    for sample in range(n):
-        for z, y, x in itertools.product(*(range(e) for e in size)):
-            if mask[sample, 0, z, y, x]:
-                out[sample, 0, z // stride[0], y // stride[1], x // stride[2]] = True
-    return out
+    """A voxel is visible if any voxel that it covers is."""
+    far = [-size % step for size, step in zip(mask.shape[2:], stride)]
+    padded = F.pad(mask.double(), (0, far[2], 0, far[1], 0, far[0]))
+    return F.max_pool3d(padded, stride) > 0
 
 
 def upsample(mask: Tensor, stride: Triple) -> Tensor:

@@ -48,7 +48,7 @@ class ReferenceBackend:
         _, grad_weight, grad_bias = _convolution_backward(
             dense_grad, dense, weight, geometry, groups, [False, True, True]
         )
-        return grad_weight, grad_bias
+        return grad_weight.contiguous(), grad_bias
 
     def pool3d(self, x: Tensor, geometry: WindowGeometry, kind: PoolKind, divisor: int) -> Tensor:
         dense = _poolable(_source_volume(x, geometry))

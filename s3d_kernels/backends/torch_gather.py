@@ -99,7 +99,7 @@ class TorchGatherBackend:
             groups,
             [False, True, True],
         )
-        return grad_weight, grad_bias
+        return grad_weight.contiguous(), grad_bias
 
     # ---- pooling
 

@@ -89,7 +89,7 @@ def test_refusals_at_call() -> None:
         sk.SparseConv3d(3, 4, 1)(x, mask)
     with pytest.raises(ValueError, match="x must have 3 channels, got 4"):
         sk.SparseInstanceNorm3d(3)(x, mask)
-    with pytest.raises(ValueError, match="same dtype outside autocast, got torch.float64 and torch.float32"):
+    with pytest.raises(ValueError, match=r"same dtype outside autocast, got torch.float64 and torch.float32"):
         sk.SparseConv3d(4, 4, 1)(x.double(), mask)
 
 

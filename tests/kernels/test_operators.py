@@ -15,8 +15,8 @@ from s3d_kernels.block_sparse import block_geometry
 from s3d_kernels.operators import blocks, conv, norm, pool
 
 # Relative l2 error of a whole tensor, or twice that of torch's dense operator in the same dtype, where that is larger
-# (its half-precision convolutions on the CPU add up many products in half precision). A single voxel's row may be off by ten times as much (relative to the typical
-# row), so that one garbage voxel among ten thousand is caught.
+# (its half-precision convolutions on the CPU add up many products in half precision). A single voxel's row may be off
+# by ten times as much (relative to the typical row), so that one garbage voxel among ten thousand is caught.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 WORST_ROW = 10.0
 

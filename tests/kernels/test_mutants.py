@@ -1,0 +1,73 @@
+"""The proof that the suite can fail: each of these faults, put into a copy of the package, must turn it red."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s3d_kernels
+
+PACKAGE = Path(s3d_kernels.__file__).parent
+HERE = Path(__file__).parent
+
+# name: (file, text, replacement)
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    "tap flipped": ("backends/torch_gather.py", "weight, bias, geometry.stride", "weight.flip(2), bias, geometry.stride"),
+    "halo piece dropped": ("backends/torch_gather.py", "for z, y, x in itertools.product(*per_axis)", "for z, y, x in list(itertools.product(*per_axis))[1:]"),
+    "masked neighbours read": ("backends/torch_gather.py", "place.masked_fill_((rows < 0)[:, None, None, None, None], 0)", "pass"),
+    "reverse table not mirrored": ("backends/torch_gather.py", "num_rows).long().flip(1)", "num_rows).long()"),
+    "voxel mask of the input ignored": ("backends/torch_gather.py", "x = _zero_masked(x, geometry.source_voxels)", "pass"),
+    "voxel mask of the gradient ignored": ("backends/torch_gather.py", "grad = _zero_masked(grad, geometry.target_voxels)\n        windows", "windows"),
+    "unbiased variance": ("backends/torch_gather.py", "correction=0", "correction=1"),
+    "squares without the spread of the means": ("backends/torch_gather.py", "squares + count * deviation.square()", "squares"),
+    "fill gradient over all voxels": ("operators/blocks.py", "torch.where(visible > 0, 0, grad)", "grad"),
+    "neighbour columns in another order": ("block_mask.py", "padded[n, z + dz, y + dy, x + dx]", "padded[n, z + dx, y + dy, x + dz]"),
+    "maximum sees padding": ("backends/torch_gather.py", "-math.inf) if any(geometry.padding) else windows", "0) if any(geometry.padding) else windows"),
+    "norm gradient without its mean term": ("operators/norm.py", "offset.contiguous(), slope", "0 * offset.contiguous(), slope"),
+    "bias forgotten in reference": ("backends/reference.py", "F.conv3d(dense, weight, bias,", "F.conv3d(dense, weight, None,"),
+}  # fmt: skip
+
+
+def suite(package: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A small part of the operator suite against a copy of the package."""
+    chosen = "(against_the_oracle and float32) or gradients_of_blocks"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    command += [str(HERE / "test_operators.py"), str(HERE / "test_block_sparse.py")]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the package that comes first on the path."""
+    return Path(shutil.copytree(PACKAGE, folder / "copy" / "s3d_kernels", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.mark.slow
+def test_the_copy_itself_is_green(tmp_path: Path) -> None:
+    result = suite(copied(tmp_path), tmp_path)
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in list(MUTANTS)[:3] else [pytest.mark.slow]) for n in MUTANTS]
+)
+def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    package = copied(tmp_path)
+    file, text, replacement = MUTANTS[name]
+    source = (package / file).read_text()
+    assert text in source, f"the mutant no longer applies: {text!r} is not in {file}"
+    (package / file).write_text(source.replace(text, replacement))
+    result = suite(package, tmp_path)
+    assert result.returncode == 1, result.stdout[-2000:]
+    assert " failed" in result.stdout
+    assert "ERROR collecting" not in result.stdout
+
+
+def test_every_mutant_still_applies() -> None:
+    for file, text, _ in MUTANTS.values():
+        assert text in (PACKAGE / file).read_text(), f"{text!r} is not in {file}"

@@ -218,7 +218,8 @@ def compiled_equals_eager(compiler: str) -> None:
             encoder.zero_grad()
             ys = function(BlockSparseTensor.from_dense(x, mask))
             sum(y.blocks.square().sum() for y in ys[:3]).backward()
-            results.append([*(y.blocks.detach() for y in ys), *(p.grad for p in encoder.parameters() if p.grad is not None)])
+            gradients = (p.grad for p in encoder.parameters() if p.grad is not None)
+            results.append([*(y.blocks.detach() for y in ys), *gradients])
             assert ys[2].mask.tables is mask.tables
         for a, b in zip(*results, strict=True):
             assert float((a - b).norm()) <= 1e-4 * float(a.norm()) + 1e-3

@@ -37,6 +37,7 @@ def _timed_step(network: torch.nn.Module, forward: Any) -> tuple[float, float]:
     return middle - begin, time.perf_counter() - begin
 
 
+@pytest.mark.timeout(0)
 def test_encoder_step(settings: Settings, results: list[dict[str, Any]], benchmark: BenchmarkFixture) -> None:
     """Contenders take turns, round by round, so that whatever else the machine does meets all alike."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +47,7 @@ def test_encoder_step(settings: Settings, results: list[dict[str, Any]], benchma
     grid = settings.patch_size // settings.block
 
     def run() -> list[dict[str, Any]]:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for ratio in settings.mask_ratios:
             mask = BlockMask.random(1, grid, settings.block, ratio, torch.Generator().manual_seed(0), device=device)
             prepared = {name: CONTENDERS[name](encoder, x, mask) for name in settings.contenders}
@@ -56,26 +57,25 @@ def test_encoder_step(settings: Settings, results: list[dict[str, Any]], benchma
                     seconds[name].append(_timed_step(network, forward))
             for name, measured in seconds.items():
                 forward_seconds, step_seconds = (list(column) for column in zip(*measured[1:], strict=True))
-                rows.append(
-                    {
-                        "question": "encoder",
-                        "contender": name,
-                        "preset": settings.preset,
-                        "patch_size": settings.patch_size,
-                        "mask_ratio": ratio,
-                        "masked": 1 - mask.num_blocks / mask.tables.grid.numel(),
-                        "forward_seconds": statistics.median(forward_seconds),
-                        "step_seconds": statistics.median(step_seconds),
-                        "step_seconds_all": step_seconds,
-                        "peak_mebibytes": _peak(name, settings, ratio) if settings.measure else None,
-                    }
-                )
+                row = {
+                    "question": "encoder",
+                    "contender": name,
+                    "preset": settings.preset,
+                    "patch_size": settings.patch_size,
+                    "mask_ratio": ratio,
+                    "masked": 1 - mask.num_blocks / mask.tables.grid.numel(),
+                    "forward_seconds": statistics.median(forward_seconds),
+                    "step_seconds": statistics.median(step_seconds),
+                    "step_seconds_all": step_seconds,
+                    "peak_mebibytes": _peak(name, settings, ratio) if settings.measure else None,
+                }
+                rows.append(row)
+                results.append(row)  # at once, so that a run that is stopped reports what it has
         return rows
 
     rows = benchmark.pedantic(run, rounds=1, iterations=1)
     assert len(rows) == len(settings.mask_ratios) * len(settings.contenders)
     benchmark.extra_info["rows"] = rows
-    results.extend(rows)
 
 
 def _peak(contender: str, settings: Settings, ratio: float) -> float:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from settings import Settings
@@ -41,6 +42,7 @@ def _layers(preset: str) -> list[tuple[str, int, int, Callable[[], nn.Module]]]:
     return layers
 
 
+@pytest.mark.timeout(0)
 def test_layers(settings: Settings, results: list[dict[str, Any]], benchmark: BenchmarkFixture) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ratio = 0.75

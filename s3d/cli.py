@@ -33,6 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
             demo(config)
         else:
             _pretrain(config)
+    except KeyboardInterrupt:
+        print("s3d: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except (BadImageError, ValueError, FileNotFoundError, FloatingPointError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         print(f"s3d: {error}", file=sys.stderr)

@@ -35,12 +35,12 @@ class MaskSampler:
             )
 
     def __call__(self, batch: int, *stream: int, device: torch.device | str = "cpu") -> BlockMask:
-        """The mask of `batch` samples for a stream of numbers, e.g. (step,): the same numbers give the same mask."""
+        """The mask of `batch` samples for a stream of numbers, e.g. (0, step): the same numbers give the same mask."""
         generator = torch.Generator().manual_seed(stream_seed(self.seed, *stream))
         grid = [side // self.block for side in self.patch_size]
         return BlockMask.random(batch, grid, self.block, self.ratio, generator, device=device)
 
 
 def stream_seed(seed: int, *stream: int) -> int:
-    """A well-mixed 63-bit seed for a stream of numbers."""
+    """A well-mixed 63-bit seed for a stream of numbers. Streams to tell apart must be of one length."""
     return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> 1)

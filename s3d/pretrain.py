@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from s3d_kernels import use_backend
+from s3d_kernels import BlockMask, use_backend
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import (
@@ -93,7 +93,7 @@ class PretrainConfig:
     augment: bool = True
     """Random rotation, scaling and mirroring."""
     validation_fraction: float = 0.05
-    """Share of the images kept for validation (at least one where there are two)."""
+    """Share of the images kept for validation (at least one where there are two); up to 64 of them are used."""
 
     device: str = "auto"
     """cuda, cpu, ...; auto: cuda where there is one."""
@@ -132,6 +132,11 @@ class PretrainConfig:
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
 
+
+MAX_VALIDATION_CASES = 64
+
+# Streams of masks, so that no training step shares a mask with validation.
+_TRAINING, _VALIDATION = 0, 1
 
 # A resumed run may differ in these without becoming another run.
 _RESUMABLE_FIELDS = frozenset(
@@ -241,7 +246,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         while step < config.steps and not stop:
             begin = time.perf_counter()
             x: Tensor = next(batches)["image"].to(device, non_blocking=True)
-            mask = sampler(config.batch_size, step, device=device)
+            mask = sampler(config.batch_size, _TRAINING, step, device=device)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - step / config.steps) ** 0.9
             with _autocast(config, device):
@@ -286,28 +291,37 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 
 
 class Validator:
-    """Loss and pictures on fixed patches with fixed masks."""
+    """Loss and pictures on fixed patches with fixed masks.
+
+    Patches are read anew each time: thousands of them would not fit into memory.
+    """
 
     def __init__(self, config: PretrainConfig, store: VolumeStore, cases: list[int], device: torch.device) -> None:
         self.config = config
-        self.patches = torch.stack([validation_patch(store, case, config.patch_size) for case in cases]).to(device)
-        sampler = MaskSampler(config.patch_size, config.mask_block, config.mask_ratio, config.seed)
-        # A stream of two numbers, so that no training step (a stream of one) shares the masks.
-        self.masks = [sampler(1, 0, number, device=device) for number in range(len(cases))]
-        losses = [visible_mean_mse(patch[None], mask) for patch, mask in zip(self.patches, self.masks, strict=True)]
-        self.mean_loss = float(torch.stack(losses).mean())
+        self.store = store
+        self.cases = cases[:MAX_VALIDATION_CASES]
+        self.device = device
+        self.sampler = MaskSampler(config.patch_size, config.mask_block, config.mask_ratio, config.seed)
+        losses = [float(visible_mean_mse(patch, mask)) for patch, mask in self._problems()]
+        self.mean_loss = sum(losses) / len(losses)
+
+    def _problems(self) -> Iterator[tuple[Tensor, BlockMask]]:
+        """Patches [1, 1, D, H, W] and their masks."""
+        for number, case in enumerate(self.cases):
+            patch = validation_patch(self.store, case, self.config.patch_size)[None].to(self.device)
+            yield patch, self.sampler(1, _VALIDATION, number, device=self.device)
 
     def __call__(self, model: S3D, training_log: TrainingLog, step: int) -> float:
         """Mean loss over the patches; writes it and a picture of the first patch."""
         model.eval()
         losses = []
         with torch.no_grad():
-            for number, (patch, mask) in enumerate(zip(self.patches, self.masks, strict=True)):
-                with _autocast(self.config, patch.device):
-                    reconstruction = model(patch[None], mask)
-                losses.append(float(masked_mse(reconstruction, patch[None], mask)))
-                if number == 0:
-                    figure = reconstruction_figure(patch[None], reconstruction, mask, title=f"step {step}")
+            for patch, mask in self._problems():
+                with _autocast(self.config, self.device):
+                    reconstruction = model(patch, mask)
+                losses.append(float(masked_mse(reconstruction, patch, mask)))
+                if len(losses) == 1:
+                    figure = reconstruction_figure(patch, reconstruction, mask, title=f"step {step}")
                     save_figure(figure, self.config.output_dir / f"reconstruction_{step:06d}.png")
                     training_log.tensorboard.add_figure("reconstruction", figure, step)
         model.train()

@@ -28,6 +28,8 @@ class BlockSparseTensor:
     """
 
     def __init__(self, blocks: Tensor, mask: BlockMask) -> None:
+        if blocks.dim() != 5 or tuple(blocks.shape[1:4]) != mask.block:
+            raise ValueError(f"blocks must be [V, {', '.join(map(str, mask.block))}, C], got {tuple(blocks.shape)}")
         self.blocks = blocks
         self.mask = mask
 

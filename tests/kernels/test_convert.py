@@ -218,7 +218,8 @@ def compiled_equals_eager(compiler: str) -> None:
             encoder.zero_grad()
             ys = function(BlockSparseTensor.from_dense(x, mask))
             sum(y.blocks.square().sum() for y in ys[:3]).backward()
-            gradients = (p.grad for p in encoder.parameters() if p.grad is not None)
+            # The loss does not reach the last stages: no gradient in eager mode, zeros from a compiled graph.
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in encoder.parameters()]
             results.append([*(y.blocks.detach() for y in ys), *gradients])
             assert ys[2].mask.tables is mask.tables
         for a, b in zip(*results, strict=True):

@@ -19,10 +19,15 @@ def write_report(rows: list[Row], machine: dict[str, Any], folder: Path) -> str:
     (folder / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     text = markdown(rows, machine)
     (folder / "results.md").write_text(text)
-    encoder = [row for row in rows if row["question"] == "encoder"]
+    encoder = _encoder_rows(rows)
     if encoder:
         plot(encoder, machine, folder / "encoder.png")
     return text
+
+
+def _encoder_rows(rows: list[Row]) -> list[Row]:
+    """Those of the encoder, by masked share."""
+    return sorted((row for row in rows if row["question"] == "encoder"), key=lambda row: float(row["mask_ratio"]))
 
 
 def markdown(rows: list[Row], machine: dict[str, Any]) -> str:
@@ -31,7 +36,7 @@ def markdown(rows: list[Row], machine: dict[str, Any]) -> str:
         f"{machine['device']} ({machine['instruction_set']}), torch {machine['torch']}, Python {machine['python']}",
         "",
     ]
-    encoder = [row for row in rows if row["question"] == "encoder"]
+    encoder = _encoder_rows(rows)
     if encoder:
         first = encoder[0]
         parts += [

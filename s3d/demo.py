@@ -15,7 +15,7 @@ from .data import embedded_images
 from .loss import masked_mse
 from .masking import MaskSampler
 from .model import S3D
-from .pretrain import PretrainConfig, PretrainResult, load_model, pretrain
+from .pretrain import PretrainConfig, PretrainResult, choose_device, load_model, pretrain
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def demo(config: DemoConfig) -> PretrainResult | None:
     result = pretrain(run)
     if result.steps < config.steps:
         return None
-    sparse_seconds, dense_seconds = _step_seconds(run, load_model(result.checkpoint))
+    sparse_seconds, dense_seconds = _step_seconds(run, load_model(result.checkpoint, choose_device(run.device)))
     picture = config.output_dir / f"reconstruction_{config.steps:06d}.png"
     rows = [
         ("validation loss before", f"{result.initial_loss:.4f}"),
@@ -93,6 +93,8 @@ def _step_seconds(run: PretrainConfig, model: S3D, rounds: int = 5) -> tuple[flo
             with use_backend(backend):
                 begin = time.perf_counter()
                 masked_mse(model(x, mask), x, mask).backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 measured.append(time.perf_counter() - begin)
             model.zero_grad(set_to_none=True)
     auto, reference = (statistics.median(measured[1:]) for measured in seconds.values())

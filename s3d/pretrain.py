@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from s3d_kernels import BlockMask, use_backend
+from s3d_kernels.backends import check_name as check_backend
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import (
@@ -114,23 +116,39 @@ class PretrainConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         stride = PRESETS[self.preset].total_stride
-        if self.mask_block % stride:
+        if self.mask_block < 1 or self.mask_block % stride:
             raise ValueError(
                 f"mask_block must be a multiple of {stride}, the total stride of {self.preset}, got {self.mask_block}"
             )
         if any(side < self.mask_block or side % self.mask_block for side in self.patch_size):
             raise ValueError(f"patch_size must be a multiple of mask_block={self.mask_block}, got {self.patch_size}")
         low, high = self.mask_ratio if isinstance(self.mask_ratio, tuple) else (self.mask_ratio,) * 2
-        if not 0 <= low <= high < 1:
-            raise ValueError(f"mask_ratio must be in [0, 1) or an increasing pair of such, got {self.mask_ratio}")
+        if not 0 < low <= high < 1:
+            raise ValueError(f"mask_ratio must be in (0, 1) or an increasing pair of such, got {self.mask_ratio}")
+        cells = math.prod(side // self.mask_block for side in self.patch_size)
+        if low * cells + 1e-9 < 1:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} of the {cells} blocks that patch_size {self.patch_size} and mask_block "
+                f"{self.mask_block} make masks none; there would be nothing to learn"
+            )
+        if (self.mask_tokens and not self.sparse) or (self.densify and not self.mask_tokens):
+            raise ValueError(
+                "mask_tokens needs sparse, and densify needs mask_tokens, got "
+                f"sparse={self.sparse}, mask_tokens={self.mask_tokens}, densify={self.densify}"
+            )
+        check_backend(self.backend)
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip", "spacing_mm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        for name in ("workers", "seed", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("momentum", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 MAX_VALIDATION_CASES = 64
@@ -172,10 +190,10 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     ``reconstruction_*.png``, ``tensorboard/`` and, unless ``cache_dir`` says otherwise, ``volumes/``.
 
     Raises:
-        ValueError: the folder holds a run with other settings; names those that differ.
+        ValueError: the folder holds a run with other settings or images; names those that differ.
         BadImageError: an image cannot be used (and not ``skip_bad``).
     """
-    device = torch.device(_default_device() if config.device == "auto" else config.device)
+    device = choose_device(config.device)
     output = config.output_dir
     checkpoint_path = output / "checkpoint.pt"
     saved = load_checkpoint(checkpoint_path, device) if checkpoint_path.exists() else None
@@ -202,6 +220,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     log.info("%s", summary)
     store = VolumeStore(config.cache_dir or output / "volumes")
     training, validation = split_cases(store, config.validation_fraction, config.seed)
+    data = _data_record(store, training, validation)
+    if saved is not None:
+        _check_same_data(data, saved["data"], output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps(_plain(config), indent=2) + "\n")
 
@@ -209,13 +230,18 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     unet = build_unet(config.preset)
     model = S3D(unet, sparse=config.sparse, mask_tokens=config.mask_tokens, densify=config.densify).to(device)
     optimizer = torch.optim.SGD(
-        model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=True
+        model.parameters(),
+        config.learning_rate,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
     )
-    start_step, initial_loss = 0, float("nan")
+    start_step, initial_loss, validation_loss = 0, float("nan"), float("nan")
     if saved is not None:
         model.load_state_dict(_join_state(saved))
         optimizer.load_state_dict(saved["optimizer"])
         start_step, initial_loss = saved["step"], saved["initial_loss"]
+        validation_loss = saved["validation_loss"]
         log.info("resuming at step %d of %d from %s", start_step, config.steps, checkpoint_path)
 
     sampler = MaskSampler(config.patch_size, config.mask_block, config.mask_ratio, config.seed)
@@ -223,9 +249,10 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     validator = Validator(config, store, validation or training, device)
     training_log = TrainingLog(output, start_step)
     step_seconds: list[float] = []
-    step, validation_loss = start_step, initial_loss
+    step = start_step
 
     def save() -> None:
+        _check_weights(model, step, config)
         save_checkpoint(
             checkpoint_path,
             {
@@ -234,6 +261,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
                 "validation_loss": validation_loss,
                 "mean_loss": validator.mean_loss,
                 "config": _plain(config),
+                "data": data,
                 **_split_state(model.state_dict()),
                 "optimizer": optimizer.state_dict(),
             },
@@ -245,7 +273,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         progress = tqdm(total=config.steps, initial=start_step, unit="step", desc="pre-training")
         while step < config.steps and not stop:
             begin = time.perf_counter()
-            x: Tensor = next(batches)["image"].to(device, non_blocking=True)
+            try:
+                batch = next(batches)
+            except RuntimeError:
+                # A signal that stops all processes of a job may end the workers before this one has read it.
+                if stop:
+                    break
+                raise
+            x: Tensor = batch["image"].to(device, non_blocking=True)
             mask = sampler(config.batch_size, _TRAINING, step, device=device)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - step / config.steps) ** 0.9
@@ -276,7 +311,6 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             if step % config.validate_every == 0 and step < config.steps:
                 validation_loss = validator(model, training_log, step)
             if step % config.checkpoint_every == 0 and step < config.steps:
-                _check_finite(norm, step, config)
                 save()
         progress.close()
         if stop:
@@ -373,14 +407,15 @@ def _batches(
         sampler=order,
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_stop_signals,
     )
     return iter(loader)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; only the main one acts on it, and ends the workers in order."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Terminals and schedulers signal all processes of a job; only the main one acts, and ends the workers in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -419,8 +454,61 @@ def _autocast(config: PretrainConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, dtype=getattr(torch, config.precision))
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is cuda where there is one, otherwise the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise ValueError(f"device must be auto, cpu or a device of this machine, got {name!r}: {error}") from error
+    return device
+
+
+def _data_record(store: VolumeStore, training: list[int], validation: list[int]) -> dict[str, list[list[Any]]]:
+    """What a run is trained and validated on, in order: name, shape, mean and standard deviation of every volume."""
+
+    def describe(cases: list[int]) -> list[list[Any]]:
+        return [[c.name, *c.shape, c.mean, c.std] for c in (store.cases[i] for i in cases)]
+
+    return {"training": describe(training), "validation": describe(validation)}
+
+
+def _check_same_data(present: dict[str, list[list[Any]]], saved: dict[str, list[list[Any]]], output: Path) -> None:
+    """A resumed run must see the same volumes in the same order, or it would silently be another run."""
+    for part, now in present.items():
+        before = saved[part]
+        if now == before:
+            continue
+        old, new = ({str(row[0]): row for row in rows} for rows in (before, now))
+        changed = {
+            "added": sorted(new.keys() - old.keys()),
+            "removed": sorted(old.keys() - new.keys()),
+            "changed": sorted(name for name in old.keys() & new.keys() if old[name] != new[name]),
+        }
+        listed = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+            for what, names in changed.items()
+            if names
+        )
+        raise ValueError(
+            f"the {part} images of the run in {output} are not the same as before: {listed or 'another order'}. "
+            "Restore them to go on, or give another output_dir."
+        )
+
+
+def _check_weights(model: S3D, step: int, config: PretrainConfig) -> None:
+    """Before every checkpoint, so that none replaces a good one with NaN."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise FloatingPointError(
+            f"step {step}: weights are not finite. The last checkpoint is untouched; "
+            f"a smaller learning_rate than {config.learning_rate} may help."
+        )
 
 
 def _check_finite(norm: Tensor, step: int, config: PretrainConfig) -> None:

@@ -21,7 +21,9 @@ class TrainingLog:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         self.path = folder / "log.csv"
-        kept = [row for row in read_log(self.path) if row["step"] <= start_step] if self.path.exists() else []
+        # A run that starts anew, because there was no checkpoint yet, keeps nothing.
+        resumed = start_step > 0 and self.path.exists()
+        kept = [row for row in read_log(self.path) if row["step"] <= start_step] if resumed else []
         partial = self.path.with_name("log.csv.partial")
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -30,7 +32,7 @@ class TrainingLog:
         os.replace(partial, self.path)
         self._file = open(self.path, "a", newline="")  # noqa: SIM115 (open as long as the run)
         self._writer = csv.DictWriter(self._file, COLUMNS)
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if resumed else 0)
 
     def write(self, step: int, **values: float) -> None:
         """One row; columns that are not given stay empty."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import torch
 import s3d.pretrain as pretrain_module
 from s3d.checkpoint import load_checkpoint
 from s3d.cli import main
+from s3d.masking import MaskSampler
 from s3d.model import build_unet
 from s3d.pretrain import PretrainConfig, PretrainResult, load_model, pretrain
 from s3d.training_log import read_log
+from s3d_kernels import BlockMask
 
 # Losses of 20 steps of `golden_config`; a change of numerics changes them. The tolerance covers other instruction sets.
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -234,7 +237,17 @@ def test_bad_images_are_named_or_skipped(images: Path, tmp_path: Path, capsys: p
         ({"preset": "huge"}, "preset must be one of"),
         ({"mask_block": 6}, "mask_block must be a multiple of 4"),
         ({"patch_size": (32, 30, 32)}, "patch_size must be a multiple of mask_block=8"),
-        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\)"),
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \(0, 1\)"),
+        ({"mask_ratio": 0.0}, r"mask_ratio must be in \(0, 1\)"),
+        ({"patch_size": (8, 8, 8)}, "of the 1 blocks .* masks none"),
+        ({"mask_block": 0}, "mask_block must be a multiple of 4"),
+        ({"mask_block": -4}, "mask_block must be a multiple of 4"),
+        ({"sparse": False}, "mask_tokens needs sparse"),
+        ({"backend": "foo"}, "backend must be 'auto' or one of"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"validation_fraction": 1.5}, r"validation_fraction must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"mask_ratio": (0.9, 0.6)}, "increasing pair"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
@@ -244,6 +257,98 @@ def test_bad_images_are_named_or_skipped(images: Path, tmp_path: Path, capsys: p
 def test_bad_settings_are_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         configure(tmp_path, tmp_path / "run", **change)
+
+
+def test_a_device_that_is_not_there_is_named_before_any_work(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device must be auto, cpu or a device of this machine, got 'foo'"):
+        pretrain(configure(images, tmp_path / "run", device="foo"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_momentum_may_be_zero(images: Path, tmp_path: Path) -> None:
+    assert pretrain(configure(images, tmp_path / "run", momentum=0.0, steps=1)).steps == 1
+
+
+def stopped_at(config: PretrainConfig, step: int) -> PretrainResult:
+    """Run until a stop signal arrives during this step."""
+    original = pretrain_module.MaskSampler.__call__
+
+    def sample(self: MaskSampler, batch: int, *stream: int, **keywords: object) -> BlockMask:
+        if stream == (0, step - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, *stream, **keywords)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_module.MaskSampler, "__call__", sample)
+        return pretrain(config)
+
+
+def test_other_images_are_another_run(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    config = configure(folder, tmp_path / "run")
+    assert stopped_at(config, 2).steps == 2
+    shutil.copy(folder / "head0.nii.gz", folder / "more.nii.gz")
+    with pytest.raises(ValueError, match=r"images of the run in .* not the same as before: 1 added \(more\)"):
+        pretrain(config)
+    (folder / "more.nii.gz").unlink()
+    assert pretrain(config).steps == 6
+
+
+def test_resume_knows_the_last_validation(images: Path, tmp_path: Path) -> None:
+    config = configure(images, tmp_path / "run", validate_every=2)
+    first = stopped_at(config, 3)
+    assert first.final_loss != first.initial_loss
+    assert stopped_at(config, 4).final_loss != first.initial_loss
+    rows = read_log(config.output_dir / "log.csv")
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4]
+
+
+def test_a_signal_does_not_save_broken_weights(images: Path, tmp_path: Path) -> None:
+    config = configure(images, tmp_path / "run", learning_rate=1e30, gradient_clip=1e30, log_every=1000, steps=50)
+    with pytest.raises(FloatingPointError, match="weights are not finite"):
+        stopped_at(config, 6)
+    assert not (config.output_dir / "checkpoint.pt").exists()
+
+
+def test_a_restart_without_checkpoint_logs_each_step_once(images: Path, tmp_path: Path) -> None:
+    config = configure(images, tmp_path / "run", steps=2)
+    config.output_dir.mkdir()
+    (config.output_dir / "log.csv").write_text(
+        "step,loss,validation_loss,learning_rate,gradient_norm,samples_per_second\n0,,9.9,,,\n1,9.9,,,,\n"
+    )
+    pretrain(config)
+    rows = read_log(config.output_dir / "log.csv")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert all(row.get("loss", 0) < 9 for row in rows)
+
+
+def test_a_signal_to_all_processes_of_a_job_saves_a_checkpoint(images: Path, tmp_path: Path) -> None:
+    """As schedulers do it; the processes that read patches must not take the run down with them."""
+    output = tmp_path / "run"
+    options = ["--images", str(images), "--output-dir", str(output), "--preset", "tiny", "--patch-size", "32", "32"]
+    options += ["32", "--mask-block", "8", "--batch-size", "1", "--steps", "4000", "--checkpoint-every", "100000"]
+    options += ["--validate-every", "4000", "--workers", "2", "--device", "cpu"]
+    with open(tmp_path / "output.txt", "wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "s3d", "pretrain", *options],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (output / "log.csv").exists() or len(losses(output)) < 5:
+                assert process.poll() is None, (tmp_path / "output.txt").read_text()
+                assert time.monotonic() < deadline, "no progress"
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(60) == 0, (tmp_path / "output.txt").read_text()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    assert load_checkpoint(output / "checkpoint.pt")["step"] >= 5
 
 
 def test_no_images_is_an_error(tmp_path: Path) -> None:

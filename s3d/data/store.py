@@ -1,6 +1,6 @@
 """Preprocessed volumes on disk: compressed, and any region can be read without reading the rest.
 
-One blosc2 array a case (`<name>.b2nd`), which carries its own record (source, shape, affine, statistics), and one
+One blosc2 array a case (`<name>-<hash of source and spacing>.b2nd`), which carries its own record (source, shape, affine, statistics), and one
 `index.json` that lists the records of a finished `preprocess`. The files are the truth and the index is made from
 them, so an interrupted run loses only the case it was working on.
 
@@ -273,10 +273,13 @@ def _store_case(
         "source_bytes": stat.st_size,
         "source_mtime_ns": stat.st_mtime_ns,
     }
-    file = folder / (name + SUFFIX)
+    # A folder may serve several runs: other sources or spacings under the same name get files of their own.
+    key = json.dumps([made_from["source"], made_from["wanted_spacing_mm"], FORMAT])
+    file = folder / f"{name}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:8]}{SUFFIX}"
     stored = _read_record(file)
     if stored is not None and stored["made_from"] == made_from:
-        return StoredCase.from_json(stored["case"]), True
+        # The name depends on what else is in the store.
+        return dataclasses.replace(StoredCase.from_json(stored["case"]), name=name), True
 
     volume = load_volume(source, wanted_mm)
     voxels = volume.voxels.astype(np.float16)

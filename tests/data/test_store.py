@@ -150,7 +150,7 @@ def test_killed_half_way_nothing_unfinished_counts_as_done(images: list[Path], t
     root = Path(__file__).parents[2]
     killed = subprocess.run([sys.executable, "-c", script, str(folder), *map(str, images)], cwd=root, check=False)
     assert killed.returncode == 9
-    assert [path.name for path in folder.glob("*.b2nd")] == ["a.b2nd"]
+    assert [path.name.rsplit("-", 1)[0] for path in folder.glob("*.b2nd")] == ["a"]
     with pytest.raises(FileNotFoundError, match="preprocessing did not finish"):
         VolumeStore(folder)
     assert bring_in(images, folder) == (2, 1, 0)
@@ -189,9 +189,24 @@ def test_rewriting_a_case_takes_the_index_away_until_the_end(
 def test_damaged_case_file_is_redone(images: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "store"
     bring_in(images, folder)
-    for name, content in (("a", b""), ("b", (folder / "b.b2nd").read_bytes()[:500])):
-        (folder / f"{name}.b2nd").write_bytes(content)
+    first, second = (folder / case.file for case in VolumeStore(folder).cases[:2])
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:500])
     assert bring_in(images, folder) == (2, 1, 0)
+
+
+def test_runs_that_share_a_folder_do_not_see_each_others_voxels(images: list[Path], tmp_path: Path) -> None:
+    """Another source of the same name, or another spacing, while the first run still reads."""
+    folder, other = tmp_path / "store", tmp_path / "other" / images[0].name
+    other.parent.mkdir()
+    other.write_bytes(images[1].read_bytes())
+    preprocess([images[0]], folder, progress=False)
+    first = VolumeStore(folder)
+    before = first.read(0)
+    preprocess([other], folder, progress=False)
+    preprocess([images[0]], folder, spacing_mm=2.0, progress=False)
+    assert np.array_equal(first.read(0), before)
+    assert preprocess([images[0]], folder, progress=False).reused == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

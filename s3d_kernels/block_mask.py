@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +19,16 @@ def triple(value: int | Sequence[int], name: str, minimum: int = 1) -> Triple:
     Raises:
         ValueError: not an integer or three integers of at least ``minimum``; names the argument.
     """
-    values = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(values) != 3 or any(not isinstance(v, int) or v < minimum for v in values):
+    try:
+        # operator.index takes every integer type, numpy's too, and nothing else.
+        values = (
+            tuple(operator.index(v) for v in value) if isinstance(value, Iterable) else (operator.index(value),) * 3
+        )
+    except TypeError:
+        values = ()
+    if len(values) != 3 or any(v < minimum for v in values):
         raise ValueError(f"{name} must be an integer or three integers >= {minimum}, got {value!r}")
-    return values
+    return int(values[0]), int(values[1]), int(values[2])
 
 
 class BlockTables:

@@ -30,6 +30,12 @@ class BlockSparseTensor:
     def __init__(self, blocks: Tensor, mask: BlockMask) -> None:
         if blocks.dim() != 5 or tuple(blocks.shape[1:4]) != mask.block:
             raise ValueError(f"blocks must be [V, {', '.join(map(str, mask.block))}, C], got {tuple(blocks.shape)}")
+        # Not in a compiled graph, where it would be one more guard on the number of blocks.
+        if not torch.compiler.is_compiling() and (len(blocks) != mask.num_blocks or blocks.device != mask.device):
+            raise ValueError(
+                f"blocks must have the {mask.num_blocks} rows of mask and lie on {mask.device}, "
+                f"got {len(blocks)} rows on {blocks.device}"
+            )
         self.blocks = blocks
         self.mask = mask
 
@@ -256,25 +262,37 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
                 f"operands must have the same mask (the same object, or derived from it by the same layers), "
                 f"got {mask} and {other}"
             )
-    result = func(*(_as_blocks(a, mask) for a in args), **{name: _as_blocks(a, mask) for name, a in kwargs.items()})
+    operands = [*args, *kwargs.values()]
+    # Per-channel operands meet every stored voxel: their gradients would sum over masked ones too.
+    broadcast = any(isinstance(o, Tensor) and o.dim() > 0 for o in operands)
+    cut = mask.voxels[..., None] if broadcast and mask.voxels is not None else None
+    channels = next(o.blocks.shape[-1] for o in operands if isinstance(o, BlockSparseTensor))
+    result = func(
+        *(_as_blocks(a, mask, channels, cut) for a in args),
+        **{name: _as_blocks(a, mask, channels, cut) for name, a in kwargs.items()},
+    )
     return BlockSparseTensor(result, mask)
 
 
-def _as_blocks(value: Any, mask: BlockMask) -> Any:
-    """An operand in the layout of blocks: [N or 1, C or 1, 1, 1, 1] and [C, 1, 1, 1] become channels-last."""
+def _as_blocks(value: Any, mask: BlockMask, channels: int, cut: Tensor | None) -> Any:
+    """An operand in the layout of blocks: [N or 1, C or 1, 1, 1, 1] and [C, 1, 1, 1] become channels-last.
+
+    With `cut`, the visible voxels [V, bd, bh, bw, 1] of partly visible blocks, nothing of a masked voxel passes to the
+    gradient of a dense operand: sparse operands are zero there, and dense ones have no gradient there.
+    """
     if isinstance(value, BlockSparseTensor):
-        return value.blocks
+        return value.blocks if cut is None else torch.where(cut, value.blocks, 0)
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     if value.dim() in (4, 5) and value.shape[-3:] == (1, 1, 1):
-        per_channel = value[..., 0, 0, 0]  # [C] or [N, C]
-        if per_channel.dim() == 1 or per_channel.shape[0] == 1:
-            return per_channel.reshape(-1)
-        if per_channel.shape[0] == mask.batch:
-            return per_channel[mask.index[:, 0].long()][:, None, None, None]
+        rows = value[..., 0, 0, 0].reshape(-1, value.shape[-4])  # [1 or N, C or 1]
+        if rows.shape[1] in (1, channels) and rows.shape[0] in (1, mask.batch):
+            dense = rows[0] if rows.shape[0] == 1 else rows[mask.index[:, 0].long()][:, None, None, None]
+            return dense if cut is None else torch.where(cut, dense, dense.detach())
     raise ValueError(
         "a dense operand beside a BlockSparseTensor must be a number or have shape [C, 1, 1, 1], [1, C, 1, 1, 1] or "
-        f"[N, C, 1, 1, 1], got {tuple(value.shape)}; use BlockSparseTensor.from_dense for features"
+        f"[N, C, 1, 1, 1] with N={mask.batch} and C={channels} (or 1), got {tuple(value.shape)}; "
+        "use BlockSparseTensor.from_dense for features"
     )
 
 

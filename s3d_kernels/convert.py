@@ -21,7 +21,6 @@ SPARSE_FORM: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: SparseConvTranspose3d,
     nn.InstanceNorm3d: SparseInstanceNorm3d,
     nn.BatchNorm3d: SparseBatchNorm3d,
-    nn.SyncBatchNorm: SparseBatchNorm3d,
     nn.GroupNorm: SparseGroupNorm,
     nn.AvgPool3d: SparseAvgPool3d,
     nn.MaxPool3d: SparseMaxPool3d,
@@ -36,7 +35,7 @@ ELEMENTWISE: frozenset[type[nn.Module]] = frozenset(
     }
 )  # fmt: skip
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -73,6 +72,11 @@ def _why_not(module: nn.Module) -> str | None:
         return None if reason is None else f"{kind.__name__}: {reason}"
     if kind in SPARSE_FORM.values() or kind in ELEMENTWISE or kind in _CONTAINERS:
         return None
+    if isinstance(module, nn.SyncBatchNorm):
+        return (
+            "SyncBatchNorm would not synchronise on dense tensors any more; use BatchNorm3d, whose sparse form "
+            "synchronises on sparse ones"
+        )
     for base, sparse in SPARSE_FORM.items():
         if isinstance(module, base):
             name = base.__name__

@@ -45,6 +45,9 @@ def sparse_conv3d(
             f"weight must be [C_out, C_in / groups, kd, kh, kw] for C_in={x.blocks.shape[-1]} and groups={groups}, "
             f"got {tuple(weight.shape)}"
         )
+    if groups < 1 or len(weight) % groups:
+        raise ValueError(f"groups must divide the {len(weight)} output channels, got {groups}")
+    _check_vector("bias", bias, len(weight))
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     steps = triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
@@ -81,13 +84,17 @@ def sparse_conv_transpose3d(
             f"weight must be [C_in, C_out / groups, kd, kh, kw] for C_in={x.blocks.shape[-1]}, "
             f"got {tuple(weight.shape)}"
         )
+    if groups < 1 or len(weight) % groups:
+        raise ValueError(f"groups must divide the {len(weight)} input channels, got {groups}")
+    _check_vector("bias", bias, weight.shape[1] * groups)
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     fine = x.mask.upsample(kernel_size)
     # It is the gradient of the convolution fine -> coarse with respect to its input.
     geometry = _window_geometry(fine, x.mask, kernel_size, kernel_size, (0, 0, 0))
     blocks, weight, bias = _autocast(x.blocks, weight, bias)
     y = operators.conv3d_grad_input(blocks, weight, *_arguments(geometry), groups, backend or current_backend())
-    return BlockSparseTensor(y if bias is None else y + bias, fine)
+    result = BlockSparseTensor(y, fine)
+    return result if bias is None else result + bias.view(-1, 1, 1, 1)
 
 
 def sparse_pool3d(
@@ -165,7 +172,7 @@ def sparse_group_norm(
         ValueError: ``num_groups`` does not divide the channels.
     """
     channels = x.blocks.shape[-1]
-    if channels % num_groups:
+    if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     mean, squares, count = channel_statistics(x, backend)
     mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "sample", num_groups, False)
@@ -270,6 +277,8 @@ def _normalize(
     synchronise: bool,
     backend: str | None,
 ) -> BlockSparseTensor:
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _check_vector(name, vector, x.blocks.shape[-1])
     geometry = block_geometry(x.mask)
     y = operators.normalize(
         x.blocks,
@@ -288,6 +297,11 @@ def _normalize(
         backend or current_backend(),
     )
     return x.with_blocks(y)
+
+
+def _check_vector(name: str, vector: Tensor | None, channels: int) -> None:
+    if vector is not None and vector.shape != (channels,):
+        raise ValueError(f"{name} must be a vector of {channels} channels, got shape {tuple(vector.shape)}")
 
 
 def _statistics_dtype(x: BlockSparseTensor) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Preprocessed volumes on disk: compressed, and any region can be read without reading the rest.
 
-One blosc2 array a case (`<name>-<hash of source and spacing>.b2nd`), which carries its own record (source, shape, affine, statistics), and one
-`index.json` that lists the records of a finished `preprocess`. The files are the truth and the index is made from
-them, so an interrupted run loses only the case it was working on.
+One blosc2 array a case (`<name>-<hash of source and spacing>.b2nd`), which carries its own record (source, shape,
+affine, statistics), and one `index.json` that lists the records of a finished `preprocess`. The files are the truth
+and the index is made from them, so an interrupted run loses only the case it was working on.
 
 Voxels are stored as float16: z-scored intensities keep 11 significant bits, which is the depth of the scanners'
 own integers, for half the bytes of float32 at the same reading speed (see docs/data.md). They are read as float32.

@@ -149,3 +149,37 @@ def test_refusals_are_clear(mask: BlockMask) -> None:
         a.to_dense(fill=torch.zeros(3))
     with pytest.raises(ValueError, match=r"x must be \[N, C, D, H, W\]"):
         BlockSparseTensor.from_dense(x[:, :, 1:], mask)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda t, g: t.log() * g,
+        lambda t, g: torch.sqrt(t + g),
+        lambda t, g: torch.mul(t.log(), g.view(1, -1, 1, 1, 1).expand(3, -1, -1, -1, -1)),
+    ],
+)
+def test_masked_voxels_do_not_reach_gradients_of_channel_operands(
+    function: Callable[[Any, torch.Tensor], Any], mask: BlockMask
+) -> None:
+    x, visible = dense(mask).abs() + 1, mask.to_dense()
+    sparse = BlockSparseTensor.from_dense(x, mask)
+    variants = [sparse]
+    if mask.voxels is not None:
+        variants += [sparse.with_blocks(torch.where(mask.voxels[..., None], sparse.blocks, v)) for v in (-5, torch.nan)]
+    expected = torch.full((CHANNELS, 1, 1, 1), 0.5, requires_grad=True)
+    torch.where(visible, function(torch.where(visible, x, 1.0), expected), 0.0).sum().backward()
+    for variant in variants:
+        got = torch.full((CHANNELS, 1, 1, 1), 0.5, requires_grad=True)
+        function(variant, got).to_dense().sum().backward()
+        torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_operands_of_a_wrong_size_are_named(mask: BlockMask) -> None:
+    a = BlockSparseTensor.from_dense(dense(mask), mask)
+    with pytest.raises(ValueError, match=r"with N=3 and C=5 \(or 1\), got \(1, 7, 1, 1, 1\)"):
+        _ = a * torch.ones(1, 7, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"blocks must have the \d+ rows of mask"):
+        BlockSparseTensor(a.blocks[1:], mask)
+    with pytest.raises(ValueError, match=r"blocks must be \[V, 4, 4, 4, C\]"):
+        BlockSparseTensor(a.blocks[:, 1:], mask)

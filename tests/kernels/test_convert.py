@@ -182,6 +182,7 @@ def test_refusals_name_every_layer_and_change_nothing() -> None:
         nn.Conv3d(1, 2, 3, padding=1),
         nn.Conv3d(2, 2, 3, padding=2, dilation=2),
         nn.Upsample(scale_factor=2),
+        nn.SyncBatchNorm(2),
         nn.Sequential(nn.Linear(4, 4), Doubled(2, 2, 1), nn.ReLU()),
     )
     with pytest.raises(ValueError, match="layers without a sparse form") as error:
@@ -189,16 +190,16 @@ def test_refusals_name_every_layer_and_change_nothing() -> None:
     message = str(error.value)
     assert "\n  1: Conv3d: dilation must be 1" in message
     assert "\n  2: Upsample has no sparse form" in message
-    assert "\n  3.0: Linear has no sparse form" in message
-    assert "\n  3.1: Doubled is a subclass of Conv3d" in message
+    assert "\n  3: SyncBatchNorm would not synchronise on dense tensors" in message
+    assert "\n  4.0: Linear has no sparse form" in message
+    assert "\n  4.1: Doubled is a subclass of Conv3d" in message
     assert type(network[0]) is nn.Conv3d
 
 
 def test_a_single_layer_and_every_kind_of_norm() -> None:
     assert type(to_sparse(nn.Conv3d(1, 1, 1))) is SparseConv3d
-    network = to_sparse(nn.Sequential(nn.SyncBatchNorm(2), nn.BatchNorm3d(2), nn.GroupNorm(1, 2), nn.MaxPool3d(2)))
+    network = to_sparse(nn.Sequential(nn.BatchNorm3d(2), nn.GroupNorm(1, 2), nn.MaxPool3d(2)))
     assert [type(m).__name__ for m in network] == [
-        "SparseBatchNorm3d",
         "SparseBatchNorm3d",
         "SparseGroupNorm",
         "SparseMaxPool3d",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -91,6 +92,20 @@ def test_refusals_at_call() -> None:
         sk.SparseInstanceNorm3d(3)(x, mask)
     with pytest.raises(ValueError, match=r"same dtype outside autocast, got torch.float64 and torch.float32"):
         sk.SparseConv3d(4, 4, 1)(x.double(), mask)
+
+
+def test_functional_arguments_are_checked() -> None:
+    mask = make_mask()
+    x = BlockSparseTensor.from_dense(torch.randn(2, 4, *mask.shape), mask)
+    with pytest.raises(ValueError, match=r"weight must be a vector of 4 channels, got shape \(1,\)"):
+        sk.sparse_instance_norm(x, torch.ones(1), torch.ones(4))
+    with pytest.raises(ValueError, match=r"bias must be a vector of 6 channels, got shape \(4,\)"):
+        sk.sparse_conv3d(x, torch.ones(6, 4, 1, 1, 1), torch.ones(4))
+    with pytest.raises(ValueError, match="groups must divide the 3 output channels, got 2"):
+        sk.sparse_conv3d(x, torch.ones(3, 2, 1, 1, 1), groups=2)
+    with pytest.raises(ValueError, match="num_groups must divide the 4 channels, got 0"):
+        sk.sparse_group_norm(x, 0)
+    assert BlockMask.random(1, np.array([2, 1, 2]), np.int64(4), 0.5).shape == (8, 4, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backends import BlockGeometry, current_backend
 from .block_mask import BlockMask
+from .fused_norm import PendingNorm, Recipe
 from .operators import gather_blocks, scatter_blocks
 
 
@@ -24,6 +25,7 @@ class BlockSparseTensor:
 
     Attributes:
         blocks: [V, bd, bh, bw, C], channels last; what lies at masked voxels of partly visible blocks is arbitrary.
+            Of a normalisation it is computed when it is first asked for, see :meth:`of_norm`.
         mask: which voxels of which volumes the blocks are.
     """
 
@@ -36,8 +38,45 @@ class BlockSparseTensor:
                 f"blocks must have the {mask.num_blocks} rows of mask and lie on {mask.device}, "
                 f"got {len(blocks)} rows on {blocks.device}"
             )
-        self.blocks = blocks
+        self._blocks: Tensor | None = blocks
+        self._pending: PendingNorm | None = None
+        self._recipe: Recipe | None = None
+        self._recipe_version = 0
         self.mask = mask
+
+    @classmethod
+    def of_norm(cls, norm: PendingNorm, mask: BlockMask) -> BlockSparseTensor:
+        """The result of a normalisation, computed when it is first asked for.
+
+        A residual that is added before, and a LeakyReLU or ReLU, then join it in one operator. Weight and bias must not
+        be modified in between.
+        """
+        x = cls(norm.x, mask)
+        x._blocks, x._pending = None, norm
+        return x
+
+    @property
+    def blocks(self) -> Tensor:
+        """Features [V, bd, bh, bw, C]."""
+        if self._blocks is None:
+            assert self._pending is not None
+            self._finish(1.0)
+        assert self._blocks is not None
+        return self._blocks
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How to compute the features again, where an earlier layer keeps all that it takes."""
+        if self._recipe is None or self.blocks._version != self._recipe_version:
+            return None  # they were modified in place since
+        return self._recipe
+
+    def _finish(self, slope: float) -> None:
+        assert self._pending is not None
+        self._blocks, self._recipe = self._pending.compute(slope)
+        if self._recipe is not None:
+            self._recipe_version = self._blocks._version
+        self._pending = None
 
     @classmethod
     def from_dense(cls, x: Tensor, mask: BlockMask, backend: str | None = None) -> BlockSparseTensor:
@@ -150,6 +189,10 @@ class BlockSparseTensor:
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _LEAKY and (fused := _fused_activation(*args, **kwargs)) is not None:
+            return fused
+        if func in _RELU and (fused := _fused_activation(args[0], 0.0, *args[1:], **kwargs)) is not None:
+            return fused
         if func in _ELEMENTWISE:
             return _elementwise(func, args, kwargs)
         if func in _CONCATENATE:
@@ -173,7 +216,11 @@ class BlockSparseTensor:
         raise AttributeError(f"BlockSparseTensor has no attribute {name!r}{hint}")
 
     def __add__(self, other: Any) -> BlockSparseTensor:
-        return _elementwise(operator.add, (self, other), {})
+        return (
+            _fused_addition(self, other)
+            or _fused_addition(other, self)
+            or _elementwise(operator.add, (self, other), {})
+        )
 
     def __radd__(self, other: Any) -> BlockSparseTensor:
         return _elementwise(operator.add, (other, self), {})
@@ -204,6 +251,11 @@ class BlockSparseTensor:
 
     # In-place forms return a new wrapper around the same, modified blocks.
     def __iadd__(self, other: Any) -> BlockSparseTensor:  # noqa: PYI034
+        fused = _fused_addition(self, other)
+        if fused is not None:
+            # Other names of this tensor see the sum, as with a dense one.
+            self._pending = fused._pending
+            return self
         return _elementwise(operator.iadd, (self, other), {})
 
     def __isub__(self, other: Any) -> BlockSparseTensor:  # noqa: PYI034
@@ -232,6 +284,8 @@ _ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(
     for name in _FUNCTION_NAMES
     if (function := getattr(module, name, None)) is not None
 )
+_LEAKY = frozenset({F.leaky_relu, F.leaky_relu_})
+_RELU = frozenset({F.relu, torch.relu})
 _CONCATENATE = frozenset({torch.cat, torch.concat, torch.concatenate})
 _CHANNEL_DROPOUT = frozenset({F.dropout3d, torch.feature_dropout})
 # x.relu(), x.add(y) ...: only those that torch has as methods too.
@@ -250,6 +304,29 @@ def _block_arguments(mask: BlockMask) -> tuple[Tensor, Tensor | None, Tensor, li
 def block_geometry(mask: BlockMask) -> BlockGeometry:
     """What operators need to know of a mask."""
     return BlockGeometry(mask.index, mask.voxels, mask.sample_offsets, mask.batch, mask.shape, mask.block)
+
+
+def _fused_addition(x: Any, other: Any) -> BlockSparseTensor | None:
+    """x + other as one more part of the normalisation that x waits for, or None if it does not."""
+    norm = x._pending if isinstance(x, BlockSparseTensor) else None
+    if norm is None or norm.residual is not None or not isinstance(other, BlockSparseTensor):
+        return None
+    if not x.mask.same_layout(other.mask) or not norm.can_add(other.blocks):
+        return None
+    # Finished by `other.blocks` if both are the same.
+    return BlockSparseTensor.of_norm(norm.plus(other.blocks), x.mask) if x._pending is not None else None
+
+
+def _fused_activation(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> BlockSparseTensor | None:
+    """LeakyReLU as one more part of the normalisation that x waits for, or None if it does not."""
+    if not isinstance(x, BlockSparseTensor) or x._pending is None or negative_slope < 0:
+        return None
+    if inplace:
+        x._finish(negative_slope)
+        return x
+    result = BlockSparseTensor.of_norm(x._pending, x.mask)
+    result._finish(negative_slope)
+    return result
 
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockSparseTensor:

@@ -14,6 +14,7 @@ from .backends import WindowGeometry, current_backend
 from .backends.interface import PoolKind
 from .block_mask import BlockMask, Triple, triple
 from .block_sparse import BlockSparseTensor, block_geometry
+from .fused_norm import PendingNorm, Recipe
 
 
 def sparse_conv3d(
@@ -56,7 +57,9 @@ def sparse_conv3d(
     if padding != "same":
         _check_volume(geometry)
     blocks, weight, bias = _autocast(source.blocks, weight, bias)
-    y = operators.conv3d(blocks, weight, bias, *_arguments(geometry), groups, backend or current_backend())
+    recipe = source.recipe if blocks is source.blocks else None
+    again = _recipe_arguments(recipe, source.mask)
+    y = operators.conv3d(blocks, weight, bias, *again, *_arguments(geometry), groups, backend or current_backend())
     return BlockSparseTensor(y, target)
 
 
@@ -279,24 +282,17 @@ def _normalize(
 ) -> BlockSparseTensor:
     for name, vector in (("weight", weight), ("bias", bias)):
         _check_vector(name, vector, x.blocks.shape[-1])
-    geometry = block_geometry(x.mask)
-    y = operators.normalize(
+    norm = PendingNorm(
         x.blocks,
         weight,
         bias,
         mean.contiguous(),
         (variance + eps).rsqrt().contiguous(),
         count.contiguous(),
-        geometry.index,
-        geometry.voxels,
-        geometry.sample_offsets,
-        geometry.sizes(),
-        over,
-        groups,
-        synchronise,
-        backend or current_backend(),
+        block_geometry(x.mask),
+        (over, groups, synchronise, backend or current_backend()),
     )
-    return x.with_blocks(y)
+    return BlockSparseTensor.of_norm(norm, x.mask)
 
 
 def _check_vector(name: str, vector: Tensor | None, channels: int) -> None:
@@ -369,6 +365,14 @@ def _check_volume(geometry: WindowGeometry) -> None:
 def _arguments(geometry: WindowGeometry) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, list[int]]:
     g = geometry
     return g.source_index, g.source_voxels, g.target_index, g.target_voxels, g.table, g.sizes()
+
+
+def _recipe_arguments(
+    recipe: Recipe | None, mask: BlockMask
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
+    if recipe is None:
+        return None, None, None, None, None, 1.0
+    return recipe.x, recipe.mean, recipe.scale, recipe.shift, mask.sample_offsets, recipe.slope
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -230,9 +230,14 @@ class Backend(Protocol):
         mean: Tensor,  # [N, C] float32 / float64
         scale: Tensor,  # [N, C]
         shift: Tensor,  # [N, C]
+        residual: Tensor | None,  # [V, *block, C]
+        slope: float,
         geometry: BlockGeometry,
     ) -> Tensor:
-        """(x - mean) * scale + shift with the row's sample, computed in the dtype of mean, in the dtype of x."""
+        """leaky_relu((x - mean) * scale + shift + residual, slope) with the row's sample.
+
+        Computed in the dtype of mean, returned in the dtype of x. slope >= 0; 1 is no activation.
+        """
         ...
 
     def norm_grad_sums(
@@ -244,6 +249,24 @@ class Backend(Protocol):
         geometry: BlockGeometry,
     ) -> tuple[Tensor, Tensor]:
         """Sums over the visible voxels of each sample: of grad [N, C], and of grad * (x - mean) * rstd [N, C]."""
+        ...
+
+    def norm_grad_activation(
+        self,
+        grad: Tensor,  # [V, *block, C]
+        x: Tensor,  # [V, *block, C]
+        y: Tensor | None,  # [V, *block, C]
+        mean: Tensor,  # [N, C]
+        rstd: Tensor,  # [N, C]
+        scale: Tensor,  # [N, C]
+        shift: Tensor,  # [N, C]
+        slope: float,
+        geometry: BlockGeometry,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient before the activation [V, *block, C], and its sums as of norm_grad_sums.
+
+        It is grad where y > 0, slope * grad elsewhere; without y, (x - mean) * scale + shift stands for it.
+        """
         ...
 
     def norm_grad_input(

@@ -87,10 +87,21 @@ class ReferenceBackend:
                 squares[sample] = (values - mean[sample]).square().sum(0)
         return mean, squares
 
-    def norm_apply(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, geometry: BlockGeometry) -> Tensor:
+    def norm_apply(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        slope: float,
+        geometry: BlockGeometry,
+    ) -> Tensor:
         per_row = [_per_row(table, geometry) for table in (mean, scale, shift)]
         y = (x.to(mean.dtype) - per_row[0]) * per_row[1] + per_row[2]
-        return _zero_masked(y, geometry.voxels).to(x.dtype)
+        if residual is not None:
+            y = y + residual.to(mean.dtype)
+        return _zero_masked(F.leaky_relu(y, slope), geometry.voxels).to(x.dtype)
 
     def norm_grad_sums(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, geometry: BlockGeometry
@@ -102,6 +113,24 @@ class ReferenceBackend:
             of_grad[sample] = values.sum(0)
             of_product[sample] = (values * normalised).sum(0)
         return of_grad, of_product
+
+    def norm_grad_activation(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        slope: float,
+        geometry: BlockGeometry,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if y is None:
+            per_row = [_per_row(table, geometry) for table in (mean, scale, shift)]
+            y = (x.to(mean.dtype) - per_row[0]) * per_row[1] + per_row[2]
+        before = _zero_masked(torch.where(y > 0, grad, slope * grad), geometry.voxels)
+        return before, *self.norm_grad_sums(before, x, mean, rstd, geometry)
 
     def norm_grad_input(
         self,

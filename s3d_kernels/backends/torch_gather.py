@@ -154,11 +154,22 @@ class TorchGatherBackend:
         deviation = mean - sample_mean[sample]
         return sample_mean, _sum_samples(squares + count * deviation.square(), geometry)
 
-    def norm_apply(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, geometry: BlockGeometry) -> Tensor:
-        mean, scale, shift = (_per_row(table, geometry) for table in (mean, scale, shift))
-        # addcmul fuses the last two steps and rounds once: (x - mean) first keeps the digits of a large mean.
-        y = torch.addcmul(shift, x.to(mean.dtype) - mean, scale).to(x.dtype)
-        return _zero_masked(y, geometry.voxels)
+    def norm_apply(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        slope: float,
+        geometry: BlockGeometry,
+    ) -> Tensor:
+        y = _affine(x, mean, scale, shift, geometry)
+        if residual is not None:
+            y += residual
+        if slope != 1.0:
+            F.leaky_relu_(y, slope)
+        return _zero_masked(y.to(x.dtype), geometry.voxels)
 
     def norm_grad_sums(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, geometry: BlockGeometry
@@ -167,6 +178,24 @@ class TorchGatherBackend:
         normalised = _normalise(x, mean, rstd, geometry)
         of_grad = _sum_samples(grad.sum((1, 2, 3)), geometry)
         return of_grad, _sum_samples(normalised.mul_(grad).sum((1, 2, 3)), geometry)
+
+    def norm_grad_activation(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        slope: float,
+        geometry: BlockGeometry,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if y is None:
+            y = _affine(x, mean, scale, shift, geometry)
+        before = torch.ops.aten.leaky_relu_backward(grad, y.to(grad.dtype), slope, False)
+        before = _zero_masked(before, geometry.voxels)
+        return before, *self.norm_grad_sums(before, x, mean, rstd, geometry)
 
     def norm_grad_input(
         self,
@@ -366,6 +395,13 @@ def _normalise(x: Tensor, mean: Tensor, rstd: Tensor, geometry: BlockGeometry) -
     """(x - mean) * rstd in the dtype of mean; zero at masked voxels."""
     centred = _zero_masked(x.to(mean.dtype) - _per_row(mean, geometry), geometry.voxels)
     return centred * _per_row(rstd, geometry)
+
+
+def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, geometry: BlockGeometry) -> Tensor:
+    """(x - mean) * scale + shift in the dtype of mean; anything at masked voxels."""
+    mean, scale, shift = (_per_row(table, geometry) for table in (mean, scale, shift))
+    y = x.to(mean.dtype) - mean  # first, which keeps the digits of a large mean
+    return y.mul_(scale).add_(shift)
 
 
 def _sum_samples(values: Tensor, geometry: BlockGeometry) -> Tensor:

@@ -42,26 +42,62 @@ def _(x, index, voxels, sample_offsets, sizes, backend):
     return _table(x, geometry), _table(x, geometry)
 
 
-@torch.library.custom_op("s3d_kernels::norm_grad_sums", mutates_args=())
-def norm_grad_sums(
-    grad: Tensor,  # [V, bd, bh, bw, C]
+@torch.library.custom_op("s3d_kernels::norm_apply", mutates_args=())
+def norm_apply(
     x: Tensor,  # [V, bd, bh, bw, C]
     mean: Tensor,  # [N, C]
-    rstd: Tensor,  # [N, C]
+    scale: Tensor,  # [N, C]
+    shift: Tensor,  # [N, C]
     index: Tensor,
     voxels: Optional[Tensor],
     sample_offsets: Tensor,
     sizes: list[int],
+    slope: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Sums over visible voxels of grad and of grad * (x - mean) * rstd. Returns: [N, C] each."""
+) -> Tensor:
+    """leaky_relu((x - mean) * scale + shift): what `normalize` gave, once more. Returns: [V, bd, bh, bw, C]."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    return choose(backend, _problem(x, geometry)).norm_grad_sums(grad.contiguous(), x, mean, rstd, geometry)
+    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, None, slope, geometry)
+
+
+@norm_apply.register_fake
+def _(x, mean, scale, shift, index, voxels, sample_offsets, sizes, slope, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("s3d_kernels::norm_grad_sums", mutates_args=())
+def norm_grad_sums(
+    grad: Tensor,  # [V, bd, bh, bw, C]
+    x: Tensor,  # [V, bd, bh, bw, C]
+    y: Optional[Tensor],  # [V, bd, bh, bw, C]
+    mean: Tensor,  # [N, C]
+    rstd: Tensor,  # [N, C]
+    scale: Tensor,  # [N, C]
+    shift: Tensor,  # [N, C]
+    index: Tensor,
+    voxels: Optional[Tensor],
+    sample_offsets: Tensor,
+    sizes: list[int],
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient before the activation, and its sums over visible voxels, alone and times (x - mean) * rstd.
+
+    The activation had the sign of y, or without y that of (x - mean) * scale + shift. Returns:
+    [V, bd, bh, bw, C] (empty if slope is 1: then the first is grad itself), [N, C], [N, C].
+    """
+    geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
+    kernel = choose(backend, _problem(x, geometry))
+    grad = grad.contiguous()
+    if slope == 1.0:
+        return grad.new_empty(0), *kernel.norm_grad_sums(grad, x, mean, rstd, geometry)
+    return kernel.norm_grad_activation(grad, x, y, mean, rstd, scale, shift, slope, geometry)
 
 
 @norm_grad_sums.register_fake
-def _(grad, x, mean, rstd, index, voxels, sample_offsets, sizes, backend):
-    return torch.empty_like(mean), torch.empty_like(mean)
+def _(grad, x, y, mean, rstd, scale, shift, index, voxels, sample_offsets, sizes, slope, backend):
+    before = grad.new_empty(0 if slope == 1.0 else grad.shape)
+    return before, torch.empty_like(mean), torch.empty_like(mean)
 
 
 @torch.library.custom_op("s3d_kernels::norm_grad_input", mutates_args=())
@@ -95,6 +131,7 @@ def normalize(
     x: Tensor,  # [V, bd, bh, bw, C]
     weight: Optional[Tensor],  # [C]
     bias: Optional[Tensor],  # [C]
+    residual: Optional[Tensor],  # [V, bd, bh, bw, C]
     mean: Tensor,  # [N, C]
     rstd: Tensor,  # [N, C]
     count: Tensor,  # [N, C] or [1, C]: values that each statistic was taken over (in group, batch, all ranks)
@@ -102,28 +139,38 @@ def normalize(
     voxels: Optional[Tensor],
     sample_offsets: Tensor,
     sizes: list[int],
+    slope: float,
     over: str,
     groups: int,
     synchronise: bool,
     backend: str,
 ) -> Tensor:
-    """(x - mean) * rstd * weight + bias.
+    """leaky_relu((x - mean) * rstd * weight + bias + residual, slope); slope 1 is no activation.
 
     `over` says what mean and rstd are functions of, for the derivative: "sample" (of the voxels of the sample in each
     of `groups` groups of channels), "batch" (of the voxels of all samples, of all ranks with `synchronise`) or
     "nothing" (given constants). Returns: [V, bd, bh, bw, C], dtype of x.
     """
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    scale = rstd if weight is None else rstd * weight
-    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean).contiguous()
-    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale.to(mean.dtype), shift, geometry)
+    scale, shift = affine_tables(weight, bias, mean, rstd)
+    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, residual, slope, geometry)
 
 
 @normalize.register_fake
 def _(
-    x, weight, bias, mean, rstd, count, index, voxels, sample_offsets, sizes, over, groups, synchronise, backend
+    x, weight, bias, residual, mean, rstd, count, index, voxels, sample_offsets, sizes, slope,
+    over, groups, synchronise, backend,
 ):  # fmt: skip
     return x.new_empty(x.shape)
+
+
+def affine_tables(
+    weight: Optional[Tensor], bias: Optional[Tensor], mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift [N, C] of the centred features."""
+    scale = rstd if weight is None else (rstd * weight).to(rstd.dtype)
+    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean).contiguous()
+    return scale, shift
 
 
 def sum_shared(table: Tensor, over: str, groups: int, synchronise: bool) -> Tensor:
@@ -146,32 +193,41 @@ def group_sum(table: Tensor, groups: int) -> Tensor:
 
 
 def _normalize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, mean, rstd, count, index, voxels, sample_offsets, *rest = inputs
-    ctx.save_for_backward(x, weight, bias, mean, rstd, count, index, voxels, sample_offsets)
-    ctx.sizes, ctx.over, ctx.groups, ctx.synchronise, ctx.backend = rest
+    x, weight, bias, residual, mean, rstd, count, index, voxels, sample_offsets, sizes, slope, *rest = inputs
+    # The sign of the activation follows from x alone, unless there was a residual.
+    y = output if residual is not None and slope != 1.0 else None
+    ctx.save_for_backward(x, y, weight, bias, mean, rstd, count, index, voxels, sample_offsets)
+    ctx.sizes, ctx.slope = sizes, slope
+    ctx.over, ctx.groups, ctx.synchronise, ctx.backend = rest
 
 
 def _normalize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, mean, rstd, count, index, voxels, sample_offsets = ctx.saved_tensors
-    geometry = (index, voxels, sample_offsets, ctx.sizes, ctx.backend)
-    of_grad, of_product = norm_grad_sums(grad, x, mean, rstd, *geometry)
+    x, y, weight, bias, mean, rstd, count, index, voxels, sample_offsets = ctx.saved_tensors
+    geometry = (index, voxels, sample_offsets, ctx.sizes)
+    scale, shift = affine_tables(weight, bias, mean, rstd)
+    before, of_grad, of_product = norm_grad_sums(
+        grad, x, y, mean, rstd, scale, shift, *geometry, ctx.slope, ctx.backend
+    )
+    if ctx.slope != 1.0:
+        grad = before
     grad_weight = None if weight is None else of_product.sum(0).to(weight.dtype)
     grad_bias = None if bias is None else of_grad.sum(0).to(bias.dtype)
+    grad_residual = grad if ctx.needs_input_grad[3] else None
     grad_x = None
     if ctx.needs_input_grad[0]:
         if weight is not None:
             of_grad, of_product = of_grad * weight, of_product * weight
-        scale = rstd if weight is None else (rstd * weight).to(rstd.dtype)
         if ctx.over == "nothing":
-            offset = slope = torch.zeros_like(mean)
+            offset = tilt = torch.zeros_like(mean)
         else:
             per_value = rstd / count.clamp(min=1)
             sums = torch.cat([of_grad, of_product], 1)
             # One reduction for both tables: across ranks its latency counts, not its size.
             shared = sum_shared(sums, ctx.over, 2 * ctx.groups, ctx.synchronise)
-            offset, slope = (part * per_value for part in shared.chunk(2, 1))
-        grad_x = norm_grad_input(grad, x, mean, rstd, scale, offset.contiguous(), slope.contiguous(), *geometry)
-    return grad_x, grad_weight, grad_bias, *(None,) * 11
+            offset, tilt = (part * per_value for part in shared.chunk(2, 1))
+        tables = (scale, offset.contiguous(), tilt.contiguous())
+        grad_x = norm_grad_input(grad, x, mean, rstd, *tables, *geometry, ctx.backend)
+    return grad_x, grad_weight, grad_bias, grad_residual, *(None,) * 12
 
 
 normalize.register_autograd(_normalize_backward, setup_context=_normalize_setup)

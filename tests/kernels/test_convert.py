@@ -135,10 +135,15 @@ def test_encoder_equals_the_dense_oracle(name: str) -> None:
             for got, expected in zip(outputs, truth, strict=True):
                 limit = 1e-12 if dtype == torch.float64 else 1e-5
                 assert float((got.double() - expected).norm() / expected.norm()) <= limit
-            worst = max(rounding.values())
-            for parameter, error in errors(gradients, true_gradients).items():
-                limit = 1e-8 if dtype == torch.float64 else max(1e-5, 2 * worst)
-                assert error <= limit, f"{backend}, {dtype}, {parameter}"
+            found = errors(gradients, true_gradients)
+            for parameter, error in found.items():
+                assert error <= (1e-8 if dtype == torch.float64 else 1e-3), f"{backend}, {dtype}, {parameter}"
+            if dtype == torch.float32:
+                assert root_mean_square(found) <= max(1e-5, 2 * root_mean_square(rounding)), backend
+
+
+def root_mean_square(values: dict[str, float]) -> float:
+    return (sum(value**2 for value in values.values()) / len(values)) ** 0.5
 
 
 def test_everything_is_kept() -> None:

@@ -28,7 +28,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "fill gradient over all voxels": ("operators/blocks.py", "torch.where(visible > 0, 0, grad)", "grad"),
     "neighbour columns in another order": ("block_mask.py", "padded[n, z + dz, y + dy, x + dx]", "padded[n, z + dx, y + dy, x + dz]"),
     "maximum sees padding": ("backends/torch_gather.py", "-math.inf) if any(geometry.padding) else windows", "0) if any(geometry.padding) else windows"),
-    "norm gradient without its mean term": ("operators/norm.py", "offset.contiguous(), slope", "0 * offset.contiguous(), slope"),
+    "norm gradient without its mean term": ("operators/norm.py", "offset.contiguous(), tilt", "0 * offset.contiguous(), tilt"),
+    "sign of the activation from the wrong side": ("operators/norm.py", "y = output if residual", "y = residual if residual"),
+    "features computed again without activation": ("operators/conv.py", "*block, ctx.slope, backend", "*block, 1.0, backend"),
     "bias forgotten in reference": ("backends/reference.py", "F.conv3d(dense, weight, bias,", "F.conv3d(dense, weight, None,"),
 }  # fmt: skip
 

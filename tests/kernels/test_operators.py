@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
@@ -123,6 +124,22 @@ CASES = [
     norm_case("instance norm", 4, functional.sparse_instance_norm),
     norm_case("group norm", 2, lambda x, w, b: functional.sparse_group_norm(x, 2, w, b)),
     norm_case("batch norm", "batch", lambda x, w, b: functional.sparse_batch_norm(x, None, None, w, b, training=True)),
+    Case(
+        "norm, residual and leaky relu",
+        lambda x, w: F.leaky_relu(functional.sparse_instance_norm(x, w[0], w[1]) + x, 0.1),
+        lambda x, m, w: F.leaky_relu(oracle.norm(x, m, w[0], w[1], 1e-5, 4) + oracle.select(x, m), 0.1),
+        ((4,), (4,)),
+    ),
+    Case(
+        "conv after norm and leaky relu",
+        lambda x, w: functional.sparse_conv3d(
+            F.leaky_relu(functional.sparse_instance_norm(x, w[0], w[1]), 0.1), w[2], w[3], 1, 1
+        ),
+        lambda x, m, w: oracle.conv3d(
+            F.leaky_relu(oracle.norm(x, m, w[0], w[1], 1e-5, 4), 0.1), m, w[2], w[3], (1, 1, 1), (1, 1, 1), 1
+        ),
+        ((4,), (4,), (6, 4, 3, 3, 3), (6,)),
+    ),
     pool_case("average 2", "avg", (2, 2, 2), (2, 2, 2), (0, 0, 0)),
     pool_case("average 3", "avg", (3, 3, 3), (2, 2, 2), (1, 1, 1)),
     pool_case("average 3 without padding", "avg", (3, 3, 3), (1, 1, 1), (1, 1, 1), include=False),
@@ -137,15 +154,22 @@ def draw(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def run(case: Case, mask: BlockMask, dtype: torch.dtype, backend: str, masked: float = float("nan")) -> list[Tensor]:
-    """Output and gradients, with `masked` written into every masked voxel of input and upstream gradient."""
+    """Output and gradients, with `masked` in every masked voxel of input and upstream gradient, dense and in blocks."""
     visible = mask.to_dense()
     x = torch.where(visible, draw((mask.batch, case.channels, *mask.shape), 1, dtype), masked).requires_grad_()
     weights = [draw(s, 2 + i, dtype).requires_grad_() for i, s in enumerate(case.weights)]
     with use_backend(backend):
-        y = case.sparse(BlockSparseTensor.from_dense(x, mask), weights)
+        y = case.sparse(_spoil(BlockSparseTensor.from_dense(x, mask), masked), weights)
+        if y.mask.voxels is not None and y.blocks.requires_grad:
+            shown = y.mask.voxels[..., None]
+            y.blocks.register_hook(lambda grad: torch.where(shown, grad, masked))
         upstream = torch.where(y.mask.to_dense(), draw(y.shape, 9, dtype), masked)
         dense = y.to_dense()
         return [dense.detach(), *torch.autograd.grad(dense, [x, *weights], upstream)]
+
+
+def _spoil(x: BlockSparseTensor, masked: float) -> BlockSparseTensor:
+    return x if x.mask.voxels is None else x.with_blocks(torch.where(x.mask.voxels[..., None], x.blocks, masked))
 
 
 def expected(case: Case, mask: BlockMask, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -272,18 +296,25 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
             (blocks.gather_blocks, (last, *where)),
             (blocks.scatter_blocks, (x, torch.randn(4, requires_grad=True), *where)),
             (norm.norm_statistics, (x.detach(), *where)),
-            (norm.norm_grad_sums, (grad, x.detach(), table, table, *where)),
+            (norm.norm_apply, (x.detach(), table, table, table, *where[:-1], 0.1, name)),
+            (norm.norm_grad_sums, (grad, x.detach(), None, *[table] * 4, *where[:-1], 1.0, name)),
+            (norm.norm_grad_sums, (grad, x.detach(), None, *[table] * 4, *where[:-1], 0.1, name)),
+            (norm.norm_grad_sums, (grad, x.detach(), grad, *[table] * 4, *where[:-1], 0.1, name)),
             (norm.norm_grad_input, (grad, x.detach(), table, table, table, table, table, *where)),
         ]
         vectors = [torch.randn(4, requires_grad=True) for _ in range(2)]
         count = mask.visible_voxels()[:, None].expand(-1, 4).float().contiguous()
-        calls.append((norm.normalize, (x, *vectors, table, table, count, *where[:-1], "sample", 4, False, name)))
+        tables = (table, table, count)
+        for residual, slope in ((None, 1.0), (None, 0.1), (torch.randn_like(x).requires_grad_(), 0.1)):
+            numbers = (slope, "sample", 4, False, name)
+            calls.append((norm.normalize, (x, *vectors, residual, *tables, *where[:-1], *numbers)))
         window = functional._window_geometry(mask, mask, (3, 3, 3), (1, 1, 1), (1, 1, 1))
         tensors = functional._arguments(window)
         weight, bias = torch.randn(6, 4, 3, 3, 3, requires_grad=True), torch.randn(6, requires_grad=True)
         out = torch.randn(mask.num_blocks, *mask.block, 6, requires_grad=True)
         calls += [
-            (conv.conv3d, (x, weight, bias, *tensors, 1, name)),
+            (conv.conv3d, (x, weight, bias, *[None] * 5, 1.0, *tensors, 1, name)),
+            (conv.conv3d, (x, weight, bias, x.detach(), table, table, table, where[2], 0.1, *tensors, 1, name)),
             (conv.conv3d_grad_input, (out, weight, *tensors, 1, name)),
             (conv.conv3d_grad_weight, (out, x, *tensors, 1, name)),
             (pool.pool3d, (x, *tensors, "max", 27, name)),
@@ -302,4 +333,4 @@ def test_opcheck(backend: str) -> None:
     for operator, arguments in operator_calls(backend):
         torch.library.opcheck(operator, arguments)  # type: ignore[arg-type]
         checked.add(operator._name)  # type: ignore[attr-defined]
-    assert len(checked) == 11
+    assert len(checked) == 12

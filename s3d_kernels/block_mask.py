@@ -44,7 +44,7 @@ class BlockTables:
 
     def __init__(self, grid: Tensor) -> None:
         self.grid = grid
-        self.index = grid.nonzero().to(torch.int32)
+        self.index = grid.nonzero().to(torch.int32, memory_format=torch.contiguous_format)
         self.rows = torch.where(grid, grid.flatten().cumsum(0).view(grid.shape) - 1, -1).to(torch.int32)
         counts = grid.flatten(1).sum(1)
         self.sample_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .backends import REGISTRY, use_backend
+from .backends import REGISTRY, UnsupportedProblem, use_backend
 from .block_mask import BlockMask
 from .block_sparse import BlockSparseTensor
 
@@ -101,8 +101,9 @@ def selfcheck(device: torch.device | str = "cpu") -> Iterator[Finding]:
                 try:
                     for mask, truth in zip(_masks(torch.device(device)), expected, strict=True):
                         error = max(error, _distance(_run(case, mask, dtype, name), truth))
-                except (ValueError, NotImplementedError) as refusal:
-                    # A backend that cannot do this, or a dtype that torch itself has no kernel for.
+                except UnsupportedProblem as refusal:
+                    reason = refusal.reason
+                except NotImplementedError as refusal:  # a dtype that torch itself has no kernel for
                     reason = str(refusal).splitlines()[0]
                 yield Finding(name, case.name, dtype, None if reason else error, reason)
 

@@ -16,6 +16,7 @@ from .interface import (
     Problem,
     WindowGeometry,
 )
+from .native import NativeBackend
 from .reference import ReferenceBackend
 from .torch_gather import TorchGatherBackend
 
@@ -28,6 +29,7 @@ __all__ = [
     "NormProblem",
     "PoolProblem",
     "Problem",
+    "UnsupportedProblem",
     "WindowGeometry",
     "choose",
     "current_backend",
@@ -88,16 +90,29 @@ def use_backend(name: str) -> Iterator[None]:
         _current_backend = before
 
 
+class UnsupportedProblem(ValueError):
+    """The backend that was asked for cannot compute the problem.
+
+    Attributes:
+        reason: why not, in a short sentence.
+    """
+
+    def __init__(self, name: str, problem: Problem, reason: str) -> None:
+        super().__init__(f"backend {name!r} cannot compute {problem}: {reason}")
+        self.reason = reason
+
+
 def choose(name: str, problem: Problem) -> Backend:
     """The backend for a problem: the one that is named, or for "auto" the first that can.
 
     Raises:
-        ValueError: no such backend, or it cannot compute the problem; says why.
+        ValueError: no such backend.
+        UnsupportedProblem: it cannot compute the problem; says why.
     """
     if check_name(name) != "auto":
         reason = REGISTRY[name].why_not(problem)
         if reason is not None:
-            raise ValueError(f"backend {name!r} cannot compute {problem}: {reason}")
+            raise UnsupportedProblem(name, problem, reason)
         return REGISTRY[name]
     if problem not in _chosen:
         reasons = explain(problem)
@@ -116,3 +131,4 @@ def explain(problem: Problem) -> dict[str, str | None]:
 
 register(ReferenceBackend())
 register(TorchGatherBackend())
+register(NativeBackend())

@@ -1,0 +1,423 @@
+// Convolution over pairs: (written voxel, tap) whose gathered voxel is visible. Included once per instruction set, inside
+// its namespace, with VECTOR_BYTES and REGISTER_ROWS defined.
+
+// A tile is a few whole rows (along the width) of written voxels. Its accumulators for one panel of NR channels stay in
+// the L1 cache; for every tap its pairs are listed and multiplied REGISTER_ROWS at a time with the tap's weights.
+constexpr int64_t kTileVoxels = 96;
+
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  static constexpr int64_t lanes = VECTOR_BYTES / sizeof(T);
+  static constexpr int64_t panel = 2 * lanes;
+};
+
+template <typename T>
+inline typename Vector<T>::type load(const T* p) {
+  return *reinterpret_cast<const typename Vector<T>::type*>(p);
+}
+template <typename T>
+inline void store(T* p, typename Vector<T>::type v) {
+  *reinterpret_cast<typename Vector<T>::type*>(p) = v;
+}
+
+template <typename T>
+struct AlignedBuffer {
+  explicit AlignedBuffer(int64_t size)
+      : data(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t(64)))) {}
+  ~AlignedBuffer() { ::operator delete(data, std::align_val_t(64)); }
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  T* data;
+};
+
+// The pairs of one tile, tap by tap.
+template <typename T>
+class Pairs {
+ public:
+  Pairs(const Window& window, const Locator& locator, int64_t capacity)
+      : window_(window), locator_(locator), source(capacity), target(capacity) {}
+
+  // Lists the pairs of `tap` in rows [first, last) (a row: written voxels along the width). Appends from `begin` on and
+  // returns the end. `source` gets gathered voxels, `target` written voxels counted from the tile's first.
+  int64_t list(int64_t tap, int64_t first, int64_t last, int64_t begin) {
+    const Window& w = window_;
+    const int64_t rows = w.written_block.d * w.written_block.h, width = w.written_block.w;
+    const int64_t tap_x = tap % w.kernel.w, tap_y = tap / w.kernel.w % w.kernel.h, tap_z = tap / w.kernel.w / w.kernel.h;
+    const std::vector<Run>& runs = locator_.along_width(tap_x);
+    const int64_t span_h = 2 * w.radius.h + 1, span_w = 2 * w.radius.w + 1;
+    int64_t end = begin;
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t block = row / rows, z = row % rows / w.written_block.h, y = row % w.written_block.h;
+      const Source at_z = locator_.at(0, tap_z, z), at_y = locator_.at(1, tap_y, y);
+      if (at_z.block < 0 || at_y.block < 0) continue;
+      const int32_t* neighbours = w.table + block * w.columns() + (at_z.block * span_h + at_y.block) * span_w;
+      for (const Run& run : runs) {
+        const int64_t neighbour = neighbours[run.block];
+        if (neighbour < 0) continue;
+        const int64_t from =
+            ((neighbour * w.gathered_block.d + at_z.local) * w.gathered_block.h + at_y.local) * w.gathered_block.w +
+            run.local;
+        const int64_t to = (row - first) * width + run.first;
+        if (w.written_voxels == nullptr && w.gathered_voxels == nullptr) {
+          for (int64_t i = 0; i < run.count; ++i) {
+            source[end + i] = from + i * run.local_step;
+            target[end + i] = static_cast<int32_t>(to + i * run.step);
+          }
+          end += run.count;
+          continue;
+        }
+        for (int64_t i = 0; i < run.count; ++i) {
+          const int64_t voxel = first * width + to + i * run.step, other = from + i * run.local_step;
+          if (w.written_voxels != nullptr && !w.written_voxels[voxel]) continue;
+          if (w.gathered_voxels != nullptr && !w.gathered_voxels[other]) continue;
+          source[end] = other;
+          target[end++] = static_cast<int32_t>(to + i * run.step);
+        }
+      }
+    }
+    return end;
+  }
+
+ private:
+  const Window& window_;
+  const Locator& locator_;
+
+ public:
+  std::vector<int64_t> source;
+  std::vector<int32_t> target;
+};
+
+inline int64_t rows_per_tile(const Window& window) {
+  return std::max<int64_t>(1, kTileVoxels / window.written_block.w);
+}
+
+// accumulators[target[i]] += x[source[i]] * weights for M pairs and one panel, over `depth` gathered channels.
+template <typename T, int M>
+inline void multiply_group(const T* x, int64_t stride, const int64_t* source, const int32_t* target, const T* weights,
+                           int64_t depth, T* accumulators) {
+  constexpr int64_t lanes = Vector<T>::lanes, panel = Vector<T>::panel;
+  typename Vector<T>::type sum[M][2];
+  const T* rows[M];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    rows[i] = x + source[i] * stride;
+    sum[i][0] = load(accumulators + target[i] * panel);
+    sum[i][1] = load(accumulators + target[i] * panel + lanes);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const auto low = load(weights + k * panel), high = load(weights + k * panel + lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const T value = rows[i][k];
+      sum[i][0] += value * low;
+      sum[i][1] += value * high;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    store(accumulators + target[i] * panel, sum[i][0]);
+    store(accumulators + target[i] * panel + lanes, sum[i][1]);
+  }
+}
+
+template <typename T, int M>
+inline void multiply_rest(int64_t count, const T* x, int64_t stride, const int64_t* source, const int32_t* target,
+                          const T* weights, int64_t depth, T* accumulators) {
+  if constexpr (M > 0) {
+    if (count == M) return multiply_group<T, M>(x, stride, source, target, weights, depth, accumulators);
+    multiply_rest<T, M - 1>(count, x, stride, source, target, weights, depth, accumulators);
+  }
+}
+
+template <typename T>
+void multiply_pairs(int64_t count, const T* x, int64_t stride, const int64_t* source, const int32_t* target,
+                    const T* weights, int64_t depth, T* accumulators) {
+  int64_t i = 0;
+  for (; i + REGISTER_ROWS <= count; i += REGISTER_ROWS) {
+    multiply_group<T, REGISTER_ROWS>(x, stride, source + i, target + i, weights, depth, accumulators);
+  }
+  multiply_rest<T, REGISTER_ROWS - 1>(count - i, x, stride, source + i, target + i, weights, depth, accumulators);
+}
+
+// Weights of one group in the order in which tiles read them: [tap, panel, gathered channel, NR], zeros beyond.
+template <typename T>
+void pack_weights(const T* weight, bool transposed, int64_t taps, int64_t in_channels, int64_t out_channels,
+                  T* packed, int threads) {
+  constexpr int64_t panel = Vector<T>::panel;
+  const int64_t depth = transposed ? out_channels : in_channels, wide = transposed ? in_channels : out_channels;
+  const int64_t panels = (wide + panel - 1) / panel;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t filled = std::min(panel, wide - p * panel);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        T* line = packed + ((tap * panels + p) * depth + k) * panel;
+        for (int64_t j = 0; j < filled; ++j) {
+          const int64_t out = transposed ? k : p * panel + j, in = transposed ? p * panel + j : k;
+          line[j] = weight[(out * in_channels + in) * taps + tap];
+        }
+        for (int64_t j = filled; j < panel; ++j) line[j] = 0;
+      }
+    }
+  }
+}
+
+template <typename T>
+void conv3d_depthwise(const Window& window, const T* gathered, const T* weight, const T* bias, T* written,
+                      int64_t channels, int threads) {
+  const Locator locator(window);
+  const int64_t width = window.written_block.w, taps = window.taps();
+  const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
+  const int64_t tile = rows_per_tile(window), tiles = (rows + tile - 1) / tile;
+  std::vector<T> by_tap(taps * channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t tap = 0; tap < taps; ++tap) by_tap[tap * channels + c] = weight[c * taps + tap];
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Pairs<T> pairs(window, locator, tile * width);
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = t * tile, last = std::min(rows, first + tile);
+      T* out = written + first * width * channels;
+      for (int64_t v = 0; v < (last - first) * width; ++v) {
+        const bool visible = window.written_voxels == nullptr || window.written_voxels[first * width + v];
+        for (int64_t c = 0; c < channels; ++c) out[v * channels + c] = bias != nullptr && visible ? bias[c] : 0;
+      }
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t count = pairs.list(tap, first, last, 0);
+        const T* factor = by_tap.data() + tap * channels;
+        for (int64_t i = 0; i < count; ++i) {
+          const T* x = gathered + pairs.source[i] * channels;
+          T* y = out + pairs.target[i] * channels;
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) y[c] += x[c] * factor[c];
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void conv3d(const Window& window, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
+            int64_t out_channels, int64_t groups, int threads) {
+  constexpr int64_t panel = Vector<T>::panel;
+  if (groups == in_channels && groups == out_channels) {
+    return conv3d_depthwise(window, gathered, weight, bias, written, groups, threads);
+  }
+  const Locator locator(window);
+  const int64_t taps = window.taps(), width = window.written_block.w;
+  const int64_t in_group = in_channels / groups, out_group = out_channels / groups;
+  const int64_t depth = window.transposed ? out_group : in_group, wide = window.transposed ? in_group : out_group;
+  const int64_t gathered_channels = depth * groups, written_channels = wide * groups;
+  const int64_t panels = (wide + panel - 1) / panel;
+  const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
+  const int64_t tile = rows_per_tile(window), tiles = (rows + tile - 1) / tile;
+  // Enough work items for all threads also where there are few tiles; a result does not depend on how they are cut.
+  const int64_t wanted = 8 * threads;
+  const int64_t per_item = std::clamp<int64_t>(panels * tiles / wanted, 1, panels);
+  const int64_t pieces = (panels + per_item - 1) / per_item;
+  AlignedBuffer<T> packed(taps * panels * depth * panel);
+  for (int64_t group = 0; group < groups; ++group) {
+    pack_weights(weight + group * out_group * in_group * taps, window.transposed, taps, in_group, out_group,
+                 packed.data, threads);
+    const T* x = gathered + group * depth;
+#pragma omp parallel num_threads(threads)
+    {
+      Pairs<T> pairs(window, locator, taps * tile * width);
+      std::vector<int64_t> begin(taps + 1);
+      AlignedBuffer<T> accumulators(tile * width * panel);
+      int64_t listed = -1;
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int64_t t = 0; t < tiles; ++t) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t first = t * tile, last = std::min(rows, first + tile), voxels = (last - first) * width;
+          if (listed != t) {
+            for (int64_t tap = 0; tap < taps; ++tap) begin[tap + 1] = pairs.list(tap, first, last, begin[tap]);
+            listed = t;
+          }
+          for (int64_t p = piece * per_item; p < std::min(panels, (piece + 1) * per_item); ++p) {
+            const int64_t filled = std::min(panel, wide - p * panel), channel = group * wide + p * panel;
+            T* sums = accumulators.data;
+            for (int64_t v = 0; v < voxels; ++v) {
+              for (int64_t j = 0; j < panel; ++j) sums[v * panel + j] = bias != nullptr && j < filled ? bias[channel + j] : 0;
+            }
+            for (int64_t tap = 0; tap < taps; ++tap) {
+              const T* weights = packed.data + (tap * panels + p) * depth * panel;
+              multiply_pairs(begin[tap + 1] - begin[tap], x, gathered_channels, pairs.source.data() + begin[tap],
+                             pairs.target.data() + begin[tap], weights, depth, sums);
+            }
+            T* out = written + first * width * written_channels + channel;
+            for (int64_t v = 0; v < voxels; ++v) {
+              const bool visible = window.written_voxels == nullptr || window.written_voxels[first * width + v];
+              if (!visible) {
+                std::fill_n(out + v * written_channels, filled, T(0));
+              } else if (filled == panel) {
+                store(out + v * written_channels, load(sums + v * panel));
+                store(out + v * written_channels + panel / 2, load(sums + v * panel + panel / 2));
+              } else {
+                std::copy_n(sums + v * panel, filled, out + v * written_channels);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// sums[m, NR] += x[source[i], m] * grad[target[i], NR] over all pairs, for M gathered channels.
+template <typename T, int M>
+inline void correlate_group(int64_t count, const T* x, int64_t x_stride, const int64_t* source, const T* grad,
+                            int64_t grad_stride, const int32_t* target, T* sums) {
+  constexpr int64_t lanes = Vector<T>::lanes, panel = Vector<T>::panel;
+  typename Vector<T>::type sum[M][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = typename Vector<T>::type{};
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = x + source[i] * x_stride;
+    const T* g = grad + target[i] * grad_stride;
+    const auto low = load(g), high = load(g + lanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const T value = row[m];
+      sum[m][0] += value * low;
+      sum[m][1] += value * high;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    // Added tile by tile, so that rounding errors do not grow with the volume.
+    store(sums + m * panel, load(sums + m * panel) + sum[m][0]);
+    store(sums + m * panel + lanes, load(sums + m * panel + lanes) + sum[m][1]);
+  }
+}
+
+template <typename T, int M>
+inline void correlate_rows(int64_t rows, int64_t count, const T* x, int64_t x_stride, const int64_t* source,
+                           const T* grad, int64_t grad_stride, const int32_t* target, T* sums) {
+  if constexpr (M > 0) {
+    if (rows == M) return correlate_group<T, M>(count, x, x_stride, source, grad, grad_stride, target, sums);
+    correlate_rows<T, M - 1>(rows, count, x, x_stride, source, grad, grad_stride, target, sums);
+  }
+}
+
+template <typename T>
+void conv3d_grad_weight_depthwise(const Window& window, const T* grad, const T* x, T* grad_weight, int64_t channels,
+                                  int threads) {
+  const Locator locator(window);
+  const int64_t width = window.written_block.w, taps = window.taps();
+  const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
+  const int64_t tile = rows_per_tile(window);
+#pragma omp parallel num_threads(threads)
+  {
+    Pairs<T> pairs(window, locator, tile * width);
+    std::vector<T> sums(channels), part(channels);
+#pragma omp for schedule(dynamic)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      std::fill(sums.begin(), sums.end(), T(0));
+      for (int64_t first = 0; first < rows; first += tile) {
+        const int64_t count = pairs.list(tap, first, std::min(rows, first + tile), 0);
+        std::fill(part.begin(), part.end(), T(0));  // tile by tile, so that rounding does not grow with the volume
+        for (int64_t i = 0; i < count; ++i) {
+          const T* from = x + pairs.source[i] * channels;
+          const T* g = grad + (first * width + pairs.target[i]) * channels;
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) part[c] += from[c] * g[c];
+        }
+        for (int64_t c = 0; c < channels; ++c) sums[c] += part[c];
+      }
+      for (int64_t c = 0; c < channels; ++c) grad_weight[c * taps + tap] = sums[c];
+    }
+  }
+}
+
+template <typename T>
+void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
+                        int64_t out_channels, int64_t groups, int threads) {
+  constexpr int64_t panel = Vector<T>::panel;
+  if (groups == in_channels && groups == out_channels) {
+    return conv3d_grad_weight_depthwise(window, grad, x, grad_weight, groups, threads);
+  }
+  const Locator locator(window);
+  const int64_t taps = window.taps(), width = window.written_block.w;
+  const int64_t in_group = in_channels / groups, out_group = out_channels / groups;
+  const int64_t panels = (out_group + panel - 1) / panel;
+  const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
+  const int64_t tile = rows_per_tile(window), tiles = (rows + tile - 1) / tile;
+  // Voxels are cut into parts that depend on the problem alone, so that results do not depend on the threads. Where there
+  // are many voxels all taps of a part are done while it is in the cache; where there are few, taps and panels are the work.
+  const int64_t size = taps * panels * in_group * panel;
+  const int64_t budget = std::max<int64_t>(1, (int64_t(64) << 20) / static_cast<int64_t>(size * sizeof(T)));
+  const int64_t parts = std::clamp<int64_t>(rows * width / 4096, 1, std::min<int64_t>(budget, 16));
+  const int64_t wanted = 8 * threads;
+  const int64_t tap_pieces = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, taps);
+  const int64_t panel_pieces = std::clamp<int64_t>((wanted + parts * tap_pieces - 1) / (parts * tap_pieces), 1, panels);
+  const int64_t row_groups = (in_group + REGISTER_ROWS - 1) / REGISTER_ROWS;
+  AlignedBuffer<T> sums(parts * size);
+  // A last panel that is not full is read from a copy with zeros beside it.
+  const int64_t full = out_group / panel;
+  for (int64_t group = 0; group < groups; ++group) {
+#pragma omp parallel num_threads(threads)
+    {
+      Pairs<T> pairs(window, locator, tile * width);
+      AlignedBuffer<T> rest(tile * width * panel);
+#pragma omp for collapse(3) schedule(dynamic)
+      for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t tap_piece = 0; tap_piece < tap_pieces; ++tap_piece) {
+          for (int64_t panel_piece = 0; panel_piece < panel_pieces; ++panel_piece) {
+            const int64_t tap_begin = taps * tap_piece / tap_pieces, tap_end = taps * (tap_piece + 1) / tap_pieces;
+            const int64_t p_begin = panels * panel_piece / panel_pieces;
+            const int64_t p_end = panels * (panel_piece + 1) / panel_pieces;
+            T* total = sums.data + part * size;
+            for (int64_t tap = tap_begin; tap < tap_end; ++tap) {
+              std::fill_n(total + (tap * panels + p_begin) * in_group * panel, (p_end - p_begin) * in_group * panel, T(0));
+            }
+            for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
+              const int64_t first = t * tile, last = std::min(rows, first + tile);
+              const T* tile_grad = grad + first * width * out_channels + group * out_group;
+              if (p_end > full) {
+                for (int64_t v = 0; v < (last - first) * width; ++v) {
+                  T* line = rest.data + v * panel;
+                  std::fill_n(line, panel, T(0));
+                  std::copy_n(tile_grad + v * out_channels + full * panel, out_group - full * panel, line);
+                }
+              }
+              for (int64_t tap = tap_begin; tap < tap_end; ++tap) {
+                const int64_t count = pairs.list(tap, first, last, 0);
+                if (count == 0) continue;
+                for (int64_t p = p_begin; p < p_end; ++p) {
+                  const T* g = p < full ? tile_grad + p * panel : rest.data;
+                  const int64_t g_stride = p < full ? out_channels : panel;
+                  T* target = total + (tap * panels + p) * in_group * panel;
+                  for (int64_t r = 0; r < row_groups; ++r) {
+                    const int64_t begin = in_group * r / row_groups, end = in_group * (r + 1) / row_groups;
+                    correlate_rows<T, REGISTER_ROWS>(end - begin, count, x + group * in_group + begin, in_channels,
+                                                     pairs.source.data(), g, g_stride, pairs.target.data(),
+                                                     target + begin * panel);
+                  }
+                }
+              }
+            }
+          }
+        }
+      }
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t k = 0; k < in_group; ++k) {
+          const int64_t filled = std::min(panel, out_group - p * panel);
+          T* out = grad_weight + ((group * out_group + p * panel) * in_group + k) * taps;
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            const T* line = sums.data + ((tap * panels + p) * in_group + k) * panel;
+            for (int64_t j = 0; j < filled; ++j) {
+              T total = line[j];
+              for (int64_t part = 1; part < parts; ++part) total += line[part * size + j];
+              out[j * in_group * taps + tap] = total;
+            }
+          }
+        }
+      }
+    }
+  }
+}

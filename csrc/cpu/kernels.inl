@@ -1,0 +1,34 @@
+// One instruction set: define S3D_SET (its name, also the function that returns it), VECTOR_BYTES, REGISTER_ROWS (rows
+// of two vectors that fit in the registers beside their operands) and S3D_SUPPORTED, then include this.
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+#define S3D_TEXT2(x) #x
+#define S3D_TEXT(x) S3D_TEXT2(x)
+
+namespace s3d::cpu {
+namespace {
+#include "cpu/conv.inl"
+#include "cpu/norm.inl"
+
+bool supported() { return S3D_SUPPORTED; }
+}  // namespace
+
+const InstructionSet& S3D_SET() {
+  static const InstructionSet set = {
+      S3D_TEXT(S3D_SET),
+      supported,
+      {conv3d<float>, conv3d_grad_weight<float>},
+      {conv3d<double>, conv3d_grad_weight<double>},
+      {norm_statistics<float>, norm_apply<float>, norm_grad_sums<float>, norm_grad_input<float>,
+       channel_sums<float>},
+      {norm_statistics<double>, norm_apply<double>, norm_grad_sums<double>, norm_grad_input<double>,
+       channel_sums<double>},
+  };
+  return set;
+}
+
+}  // namespace s3d::cpu

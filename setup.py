@@ -23,7 +23,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 
 # Source file: flags of its instruction set. The linker takes the first of several copies of a template function, so
 # what every processor can run comes first.

@@ -213,6 +213,29 @@ void guarded(const Call& call) {
   }
 }
 
+// 0: choose, 1: direct, 2: Winograd where it applies.
+int64_t& method() {
+  static int64_t chosen = 0;
+  return chosen;
+}
+
+bool use_winograd(const Window& w, int64_t in_channels, int64_t out_channels, int64_t groups) {
+  if (method() == 1 || groups != 1 || !current()->winograd_applies(w)) return false;
+  // Weights are transformed at each call, which pays for enough voxels; with few channels the transforms cost too much.
+  const int64_t voxels = w.written_rows * w.written_block.volume();
+  return method() == 2 || (voxels >= 1024 && std::min(in_channels, out_channels) >= 16);
+}
+
+template <typename T>
+void convolve(const Window& w, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
+              int64_t out_channels, int64_t groups, int threads) {
+  if (use_winograd(w, in_channels, out_channels, groups)) {
+    kernels<T>().conv3d_winograd(w, gathered, weight, bias, written, in_channels, out_channels, threads);
+  } else {
+    kernels<T>().conv3d(w, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
+  }
+}
+
 template <typename T>
 void conv3d_of(const TensorView& x, const TensorView& weight, const MaybeTensor& bias, Geometry& g, int64_t groups,
                const TensorView& y, int threads) {
@@ -220,8 +243,8 @@ void conv3d_of(const TensorView& x, const TensorView& weight, const MaybeTensor&
   check_groups(in, out, groups);
   const Triple k = g.forward.kernel;
   const T* w = data<T>(weight, "weight", {out, in / groups, k.d, k.h, k.w});
-  kernels<T>().conv3d(g.forward, g.source<T>(x, "x", in), w, data<T>(bias, "bias", {out}), g.target<T>(y, "y", out), in,
-                      out, groups, threads);
+  convolve<T>(g.forward, g.source<T>(x, "x", in), w, data<T>(bias, "bias", {out}), g.target<T>(y, "y", out), in, out,
+              groups, threads);
 }
 
 void conv3d(TensorView x, TensorView weight, MaybeTensor bias, MaybeTensor source_voxels, MaybeTensor target_voxels,
@@ -241,8 +264,8 @@ void conv3d_grad_input_of(const TensorView& grad, const TensorView& weight, Geom
   check_groups(in, out, groups);
   const Triple k = g.forward.kernel;
   const T* w = data<T>(weight, "weight", {out, in / groups, k.d, k.h, k.w});
-  kernels<T>().conv3d(g.transposed(), g.target<T>(grad, "grad", out), w, nullptr, g.source<T>(grad_x, "grad_x", in), in,
-                      out, groups, threads);
+  convolve<T>(g.transposed(), g.target<T>(grad, "grad", out), w, nullptr, g.source<T>(grad_x, "grad_x", in), in, out,
+              groups, threads);
 }
 
 void conv3d_grad_input(TensorView grad, TensorView weight, MaybeTensor source_voxels, MaybeTensor target_voxels,
@@ -542,6 +565,11 @@ void use_instruction_set(String name) {
   TVM_FFI_THROW(ValueError) << "no instruction set " << name << " on this processor";
 }
 
+void use_method(int64_t number) {
+  if (number < 0 || number > 2) TVM_FFI_THROW(ValueError) << "method must be 0, 1 or 2, got " << number;
+  method() = number;
+}
+
 bool has_threads() {
 #ifdef _OPENMP
   return true;
@@ -564,6 +592,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(scatter_blocks, scatter_blocks);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, instruction_sets);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, instruction_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_instruction_set, use_instruction_set);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_method, use_method);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_threads, has_threads);
 
 }  // namespace

@@ -14,6 +14,9 @@ struct Kernels {
   // transposed: the reverse. bias [written channels] or null.
   void (*conv3d)(const Window&, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
                  int64_t out_channels, int64_t groups, int threads);
+  // The same by Winograd's method, for one group, where it applies.
+  void (*conv3d_winograd)(const Window&, const T* gathered, const T* weight, const T* bias, T* written,
+                          int64_t in_channels, int64_t out_channels, int threads);
   // grad is written, x gathered (forward window). grad_weight as weight.
   void (*conv3d_grad_weight)(const Window&, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
                              int64_t out_channels, int64_t groups, int threads);
@@ -43,6 +46,7 @@ struct NormKernels {
 struct InstructionSet {
   const char* name;
   bool (*supported)();
+  bool (*winograd_applies)(const Window&);
   Kernels<float> f32;
   Kernels<double> f64;
   NormKernels<float> norm_f32;

@@ -12,7 +12,10 @@
 namespace s3d::cpu {
 namespace {
 #include "cpu/conv.inl"
+#include "cpu/winograd.inl"
 #include "cpu/norm.inl"
+
+bool applies(const Window& window) { return winograd_applies(window); }
 
 bool supported() { return S3D_SUPPORTED; }
 }  // namespace
@@ -21,8 +24,9 @@ const InstructionSet& S3D_SET() {
   static const InstructionSet set = {
       S3D_TEXT(S3D_SET),
       supported,
-      {conv3d<float>, conv3d_grad_weight<float>},
-      {conv3d<double>, conv3d_grad_weight<double>},
+      applies,
+      {conv3d<float>, conv3d_winograd<float>, conv3d_grad_weight<float>},
+      {conv3d<double>, conv3d_winograd<double>, conv3d_grad_weight<double>},
       {norm_statistics<float>, norm_apply<float>, norm_grad_sums<float>, norm_grad_input<float>,
        channel_sums<float>},
       {norm_statistics<double>, norm_apply<double>, norm_grad_sums<double>, norm_grad_input<double>,

@@ -1,0 +1,252 @@
+// Winograd convolution F(2x2x2, 3x3x3) for stride 1: a tile of 2x2x2 outputs from 4x4x4 inputs with 64 multiplications
+// per pair of channels instead of 216 (Lavin and Gray, CVPR 2016, nested over three axes). Missing neighbours and masked
+// voxels are zeros. Included once per instruction set, inside its namespace, after conv.inl.
+
+constexpr int kPoints = 64;
+
+// Tiles of one chunk: their transformed inputs and products stay in the L2 cache.
+constexpr int64_t kChunkTiles = 24;
+
+// Along one axis, in place, `step` apart: [d0 - d2, d1 + d2, d2 - d1, d1 - d3].
+template <typename V>
+inline void transform_input_axis(V* t, int step) {
+  const V a = t[0] - t[2 * step], b = t[step] + t[2 * step], c = t[2 * step] - t[step], d = t[step] - t[3 * step];
+  t[0] = a;
+  t[step] = b;
+  t[2 * step] = c;
+  t[3 * step] = d;
+}
+
+// Four products to two outputs: [m0 + m1 + m2, m1 - m2 - m3].
+template <typename V>
+inline void transform_output_axis(const V* m, int step, V* low, V* high) {
+  *low = m[0] + m[step] + m[2 * step];
+  *high = m[step] - m[2 * step] - m[3 * step];
+}
+
+// Three weights to four: [g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2].
+template <typename V>
+inline void transform_weight_axis(const V* g, int step, V* t, int t_step) {
+  const V sum = (g[0] + g[2 * step]) * 0.5f, middle = g[step] * 0.5f;
+  t[0] = g[0];
+  t[t_step] = sum + middle;
+  t[2 * t_step] = sum - middle;
+  t[3 * t_step] = g[2 * step];
+}
+
+// packed [27, panel, k, NR] -> [64, panel, k, NR]. The transposed convolution correlates with flipped taps.
+template <typename T>
+void transform_weights(const T* packed, bool flipped, int64_t panels, int64_t depth, T* points, int threads) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  using V = typename Vector<T>::type;
+  const int64_t vectors = panels * depth * 2, stride = vectors * lanes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < vectors; ++i) {
+    V g[27], a[36], b[48], t[64];
+    for (int tap = 0; tap < 27; ++tap) g[tap] = load(packed + (flipped ? 26 - tap : tap) * stride + i * lanes);
+    for (int zy = 0; zy < 9; ++zy) transform_weight_axis(g + zy * 3, 1, a + zy * 4, 1);           // [3, 3, 4]
+    for (int z = 0; z < 3; ++z) {
+      for (int x = 0; x < 4; ++x) transform_weight_axis(a + z * 12 + x, 4, b + z * 16 + x, 4);    // [3, 4, 4]
+    }
+    for (int yx = 0; yx < 16; ++yx) transform_weight_axis(b + yx, 16, t + yx, 16);                // [4, 4, 4]
+    for (int point = 0; point < kPoints; ++point) store(points + point * stride + i * lanes, t[point]);
+  }
+}
+
+// y [count, y_stride] (one panel) = x [count, depth] * weights [depth, NR] for M rows.
+template <typename T, int M>
+inline void product_group(const T* x, int64_t depth, const T* weights, T* y, int64_t y_stride) {
+  constexpr int64_t lanes = Vector<T>::lanes, panel = Vector<T>::panel;
+  typename Vector<T>::type sum[M][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = typename Vector<T>::type{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const auto low = load(weights + k * panel), high = load(weights + k * panel + lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const T value = x[i * depth + k];
+      sum[i][0] += value * low;
+      sum[i][1] += value * high;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    store(y + i * y_stride, sum[i][0]);
+    store(y + i * y_stride + lanes, sum[i][1]);
+  }
+}
+
+template <typename T, int M>
+inline void product_rest(int64_t count, const T* x, int64_t depth, const T* weights, T* y, int64_t y_stride) {
+  if constexpr (M > 0) {
+    if (count == M) return product_group<T, M>(x, depth, weights, y, y_stride);
+    product_rest<T, M - 1>(count, x, depth, weights, y, y_stride);
+  }
+}
+
+// Whether Winograd's form applies: 3x3x3, stride 1, padding 1, even blocks.
+inline bool winograd_applies(const Window& w) {
+  for (int axis = 0; axis < 3; ++axis) {
+    if (w.kernel[axis] != 3 || w.stride[axis] != 1 || w.padding[axis] != 1 || w.written_block[axis] % 2) return false;
+  }
+  return true;
+}
+
+// The tiles of all blocks, in order: where their inputs lie.
+struct Tiles {
+  explicit Tiles(const Window& window) : w(window), locator(window) {
+    counts = {w.written_block.d / 2, w.written_block.h / 2, w.written_block.w / 2};
+    total = w.written_rows * counts.volume();
+  }
+
+  // The block of a tile and its first output voxel in it.
+  void place(int64_t tile, int64_t& block, int64_t& z, int64_t& y, int64_t& x) const {
+    x = tile % counts.w * 2;
+    tile /= counts.w;
+    y = tile % counts.h * 2;
+    tile /= counts.h;
+    z = tile % counts.d * 2;
+    block = tile / counts.d;
+  }
+
+  // The gathered voxel of each of the 4x4x4 inputs, -1 where there is none.
+  void inputs(int64_t tile, int64_t* voxels) const {
+    int64_t block, first[3];
+    place(tile, block, first[0], first[1], first[2]);
+    Source at[3][4];
+    for (int axis = 0; axis < 3; ++axis) {
+      for (int j = 0; j < 4; ++j) {
+        const int tap = std::min(j, 2);
+        at[axis][j] = locator.at(axis, w.transposed ? 2 - tap : tap, first[axis] + (j > 2));
+      }
+    }
+    const int32_t* table = w.table + block * w.columns();
+    const int64_t span_h = 2 * w.radius.h + 1, span_w = 2 * w.radius.w + 1;
+    const Triple side = w.gathered_block;
+    for (int i = 0; i < kPoints; ++i) {
+      const Source z = at[0][i / 16], y = at[1][i / 4 % 4], x = at[2][i % 4];
+      const int64_t other = table[(z.block * span_h + y.block) * span_w + x.block];
+      voxels[i] = other < 0 ? -1 : ((other * side.d + z.local) * side.h + y.local) * side.w + x.local;
+      if (other >= 0 && w.gathered_voxels != nullptr && !w.gathered_voxels[voxels[i]]) voxels[i] = -1;
+    }
+  }
+
+  // The written voxel of each of the 2x2x2 outputs.
+  void outputs(int64_t tile, int64_t* voxels) const {
+    int64_t block, z, y, x;
+    place(tile, block, z, y, x);
+    const Triple side = w.written_block;
+    for (int i = 0; i < 8; ++i) {
+      voxels[i] = ((block * side.d + z + i / 4) * side.h + y + i / 2 % 2) * side.w + x + i % 2;
+    }
+  }
+
+  const Window& w;
+  Locator locator;
+  Triple counts;
+  int64_t total;
+};
+
+// Transformed inputs of one tile: out[point * stride + c] for channels [0, depth).
+template <typename T>
+inline void transform_inputs(const int64_t* voxels, const T* x, int64_t x_stride, int64_t depth, T* out, int64_t stride) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  using V = typename Vector<T>::type;
+  alignas(64) T rest[kPoints * lanes];
+  for (int64_t c = 0; c < depth; c += lanes) {
+    V t[kPoints];
+    if (c + lanes <= depth) {
+      for (int i = 0; i < kPoints; ++i) t[i] = voxels[i] < 0 ? V{} : load(x + voxels[i] * x_stride + c);
+    } else {
+      std::fill_n(rest, kPoints * lanes, T(0));
+      for (int i = 0; i < kPoints; ++i) {
+        if (voxels[i] >= 0) std::copy_n(x + voxels[i] * x_stride + c, depth - c, rest + i * lanes);
+        t[i] = load(rest + i * lanes);
+      }
+    }
+    for (int yx = 0; yx < 16; ++yx) transform_input_axis(t + yx, 16);
+    for (int z = 0; z < 4; ++z) {
+      for (int i = 0; i < 4; ++i) transform_input_axis(t + z * 16 + i, 4);
+      for (int y = 0; y < 4; ++y) transform_input_axis(t + z * 16 + y * 4, 1);
+    }
+    if (c + lanes <= depth) {
+      for (int i = 0; i < kPoints; ++i) store(out + i * stride + c, t[i]);
+    } else {
+      for (int i = 0; i < kPoints; ++i) {
+        store(rest, t[i]);
+        std::copy_n(rest, depth - c, out + i * stride + c);
+      }
+    }
+  }
+}
+
+template <typename T>
+void conv3d_winograd(const Window& window, const T* gathered, const T* weight, const T* bias, T* written,
+                     int64_t in_channels, int64_t out_channels, int threads) {
+  constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
+  using V = typename Vector<T>::type;
+  const int64_t depth = window.transposed ? out_channels : in_channels;
+  const int64_t wide = window.transposed ? in_channels : out_channels;
+  const int64_t panels = (wide + panel - 1) / panel, padded = panels * panel, size = panels * depth * panel;
+  AlignedBuffer<T> packed(27 * size), points(kPoints * size);
+  pack_weights(weight, window.transposed, 27, in_channels, out_channels, packed.data, threads);
+  transform_weights(packed.data, window.transposed, panels, depth, points.data, threads);
+  const Tiles tiles(window);
+  // Whole groups of rows, and work for all threads; a result does not depend on how tiles are cut into chunks.
+  const int64_t even = (tiles.total / (4 * threads) + REGISTER_ROWS - 1) / REGISTER_ROWS * REGISTER_ROWS;
+  const int64_t chunk = std::clamp<int64_t>(even, REGISTER_ROWS, kChunkTiles);
+  const int64_t chunks = (tiles.total + chunk - 1) / chunk;
+#pragma omp parallel num_threads(threads)
+  {
+    AlignedBuffer<T> inputs(kPoints * chunk * depth), products(kPoints * chunk * padded);
+    int64_t voxels[kPoints];
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < chunks; ++part) {
+      const int64_t first = part * chunk, count = std::min(chunk, tiles.total - first);
+      for (int64_t i = 0; i < count; ++i) {
+        tiles.inputs(first + i, voxels);
+        transform_inputs(voxels, gathered, depth, depth, inputs.data + i * depth, chunk * depth);
+      }
+      for (int point = 0; point < kPoints; ++point) {
+        const T* x = inputs.data + point * chunk * depth;
+        T* y = products.data + point * chunk * padded;
+        for (int64_t p = 0; p < panels; ++p) {
+          const T* weights = points.data + point * size + p * depth * panel;
+          int64_t i = 0;
+          for (; i + REGISTER_ROWS <= count; i += REGISTER_ROWS) {
+            product_group<T, REGISTER_ROWS>(x + i * depth, depth, weights, y + i * padded + p * panel, padded);
+          }
+          product_rest<T, REGISTER_ROWS - 1>(count - i, x + i * depth, depth, weights, y + i * padded + p * panel, padded);
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        tiles.outputs(first + i, voxels);
+        const T* products_of = products.data + i * padded;
+        for (int64_t c = 0; c < wide; c += lanes) {
+          V m[kPoints], a[32], b[16], y[8];
+          for (int point = 0; point < kPoints; ++point) m[point] = load(products_of + point * chunk * padded + c);
+          for (int yx = 0; yx < 16; ++yx) transform_output_axis(m + yx, 16, a + yx, a + 16 + yx);  // [2, 4, 4]
+          for (int z = 0; z < 2; ++z) {
+            for (int x = 0; x < 4; ++x) {
+              transform_output_axis(a + z * 16 + x, 4, b + z * 8 + x, b + z * 8 + 4 + x);  // [2, 2, 4]
+            }
+          }
+          for (int zy = 0; zy < 4; ++zy) transform_output_axis(b + zy * 4, 1, y + zy * 2, y + zy * 2 + 1);
+          const int64_t filled = std::min(lanes, wide - c);
+          alignas(64) T line[lanes];
+          for (int j = 0; j < 8; ++j) {
+            T* out = written + voxels[j] * wide + c;
+            if (window.written_voxels != nullptr && !window.written_voxels[voxels[j]]) {
+              std::fill_n(out, filled, T(0));
+            } else if (filled == lanes) {
+              store(out, bias == nullptr ? y[j] : y[j] + load(bias + c));
+            } else {
+              store(line, y[j]);
+              for (int64_t l = 0; l < filled; ++l) out[l] = bias == nullptr ? line[l] : line[l] + bias[c + l];
+            }
+          }
+        }
+      }
+    }
+  }
+}

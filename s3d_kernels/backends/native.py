@@ -55,6 +55,21 @@ def use_instruction_set(name: str) -> None:
     _library().use_instruction_set(name)
 
 
+METHODS = ("auto", "direct", "winograd")
+
+
+def use_method(name: str) -> None:
+    """How convolutions are computed, for the whole process: "auto", "direct", or "winograd" wherever it applies.
+
+    Raises:
+        RuntimeError: the library is not there; says why.
+        ValueError: no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {name!r}")
+    _library().use_method(METHODS.index(name))
+
+
 def _library() -> Any:
     library, reason = _load()
     if library is None:
@@ -92,9 +107,7 @@ class NativeBackend:
     ) -> tuple[Tensor, Tensor]:
         grad_weight = _empty(x, grad.shape[-1], x.shape[-1] // groups, *geometry.kernel_size)
         grad_bias = _empty(x, grad.shape[-1])
-        _library().conv3d_grad_weight(
-            _in(grad), _in(x), *_window(geometry), groups, grad_weight, grad_bias, _threads()
-        )
+        _library().conv3d_grad_weight(_in(grad), _in(x), *_window(geometry), groups, grad_weight, grad_bias, _threads())
         return grad_weight.to(x.dtype), grad_bias.to(x.dtype)
 
     # ---- pooling

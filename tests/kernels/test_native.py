@@ -1,0 +1,195 @@
+"""The native CPU library: every instruction set and method, thread counts, bad arguments, large volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
+from s3d_kernels.backends import native
+
+from .test_operators import CASES, MASKS, Case, assert_close, draw, expected, run, seeded, tolerances
+
+SETS = native.instruction_sets()
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    native.use_instruction_set(SETS[0])
+    native.use_method("auto")
+
+
+def test_the_library_is_built_and_chosen() -> None:
+    x = BlockSparseTensor.from_dense(torch.randn(1, 2, 8, 8, 8), BlockMask.random(1, 2, 4, 0.5))
+    problem = []
+    spied = REGISTRY["native"].conv3d
+
+    def spy(*arguments: object) -> Tensor:
+        problem.append(arguments)
+        return spied(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(REGISTRY["native"], "conv3d", spy)
+        functional.sparse_conv3d(x, torch.randn(3, 2, 3, 3, 3), None, 1, 1)
+    assert len(problem) == 1, "auto did not choose native"
+
+
+@pytest.mark.parametrize("method", ["direct", "winograd"])
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_instruction_set_and_method(case: Case, instructions: str, method: str) -> None:
+    native.use_instruction_set(instructions)
+    native.use_method(method)
+    for dtype in (torch.float32, torch.float64):
+        for name, make in MASKS.items():
+            mask = make()
+            if case.needs_even and any(side % 2 for side in mask.shape):
+                continue
+            truth = expected(case, mask)
+            for i, (a, b) in enumerate(zip(run(case, mask, dtype, "native"), truth, strict=True)):
+                assert_close(a, b, dtype, tolerances(case, mask, dtype, truth)[i], f"{name}, result {i}")
+
+
+def convolution(mask: BlockMask, channels: tuple[int, int], groups: int = 1, kernel: int = 3) -> list[Tensor]:
+    """Output and gradients of a convolution in float32 by the native backend."""
+    x = draw((mask.batch, channels[0], *mask.shape), 1, torch.float32).requires_grad_()
+    weight = draw((channels[1], channels[0] // groups, *(kernel,) * 3), 2, torch.float32).requires_grad_()
+    bias = draw((channels[1],), 3, torch.float32).requires_grad_()
+    with use_backend("native"):
+        y = functional.sparse_conv3d(
+            BlockSparseTensor.from_dense(x, mask), weight, bias, 1, kernel // 2, groups
+        ).to_dense()
+        return [y.detach(), *torch.autograd.grad(y, [x, weight, bias], draw(y.shape, 4, torch.float32))]
+
+
+@pytest.mark.parametrize("method", ["direct", "winograd"])
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("channels", [(1, 1), (1, 33), (17, 5), (16, 32), (50, 31)])
+def test_channel_counts(channels: tuple[int, int], instructions: str, method: str) -> None:
+    native.use_instruction_set(instructions)
+    native.use_method(method)
+    for mask in (BlockMask.random(2, 2, 6, (0.2, 0.8), seeded(1)), MASKS["voxels"]()):
+        x = draw((2, channels[0], *mask.shape), 1, torch.float64).requires_grad_()
+        weight = draw((channels[1], channels[0], 3, 3, 3), 2, torch.float64).requires_grad_()
+        bias = draw((channels[1],), 3, torch.float64).requires_grad_()
+        y = oracle.conv3d(x, mask.to_dense(), weight, bias, (1, 1, 1), (1, 1, 1), 1)
+        truth = [y.detach(), *torch.autograd.grad(y, [x, weight, bias], draw(y.shape, 4, torch.float64))]
+        for a, b in zip(convolution(mask, channels), truth, strict=True):
+            assert_close(a, b, torch.float32, 1e-5, f"{channels}")
+
+
+@pytest.mark.parametrize("method", ["direct", "winograd"])
+def test_same_bits_with_any_number_of_threads(method: str) -> None:
+    native.use_method(method)
+    masks = [BlockMask.random(2, 2, 12, 0.6, seeded(2)), BlockMask.random(1, 3, 2, 0.5, seeded(3)), MASKS["voxels"]()]
+    for mask in masks:
+        for channels, groups in (((20, 36), 1), ((24, 24), 24), ((12, 18), 3)):
+            results = []
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                results.append(convolution(mask, channels, groups))
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    norm = next(c for c in CASES if c.name == "norm, residual and leaky relu")
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(norm, masks[0], torch.float32, "native"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def arguments() -> dict[str, object]:
+    mask = BlockMask.random(1, 2, 4, 0.5, seeded(0))
+    window = functional._window_geometry(mask, mask, (3, 3, 3), (1, 1, 1), (1, 1, 1))
+    x = torch.randn(mask.num_blocks, 4, 4, 4, 5)
+    return {
+        "x": x, "weight": torch.randn(7, 5, 3, 3, 3), "bias": torch.randn(7), "source_voxels": None,
+        "target_voxels": None, "table": window.table, "sizes": window.sizes(), "groups": 1,
+        "y": torch.zeros(mask.num_blocks, 4, 4, 4, 7), "threads": 1,
+    }  # fmt: skip
+
+
+BAD: dict[str, tuple[dict[str, object], type[Exception], str]] = {
+    "weight of other channels": ({"weight": torch.randn(7, 4, 3, 3, 3)}, ValueError, "weight must have shape"),
+    "weight of another dtype": (
+        {"weight": torch.randn(7, 5, 3, 3, 3).double()},
+        TypeError,
+        "weight has the wrong dtype",
+    ),
+    "integers": ({"x": torch.zeros(4, 4, 4, 4, 5, dtype=torch.int32)}, TypeError, "dtype"),
+    "not contiguous": ({"x": torch.randn(4, 5, 4, 4, 4).permute(0, 2, 3, 4, 1)}, ValueError, "x must be contiguous"),
+    "bias too short": ({"bias": torch.randn(6)}, ValueError, "bias must have shape"),
+    "too few dimensions": ({"x": torch.randn(4, 5)}, ValueError, "5 dimensions"),
+    "row that is not there": ({"table": torch.full((4, 27), 4, dtype=torch.int32)}, IndexError, "table holds row 4"),
+    "negative row": ({"table": torch.full((4, 27), -2, dtype=torch.int32)}, IndexError, "table holds row -2"),
+    "table too narrow": ({"table": torch.zeros((4, 26), dtype=torch.int32)}, ValueError, "table must have shape"),
+    "groups": ({"groups": 2}, ValueError, "groups must divide"),
+    "no groups": ({"groups": 0}, ValueError, "groups must divide"),
+    "threads": ({"threads": 0}, ValueError, "threads must be at least 1"),
+    "sizes": ({"sizes": [1, 2, 3]}, ValueError, "sizes must hold 19 numbers"),
+    "voxels": ({"source_voxels": torch.zeros(4, 4, 4, dtype=torch.uint8)}, ValueError, "source_voxels must have shape"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_arguments_are_exceptions(name: str) -> None:
+    change, error, message = BAD[name]
+    given = arguments()
+    assert len(given["x"]) == 4  # type: ignore[arg-type]
+    native._library().conv3d(*given.values())
+    with pytest.raises(error, match=message):
+        native._library().conv3d(*{**given, **change}.values())
+
+
+def test_windows_beyond_the_table_are_refused() -> None:
+    given = arguments()
+    sizes = list(given["sizes"])  # type: ignore[call-overload]
+    sizes[10:13], sizes[16:19] = [19, 3, 3], [9, 1, 1]
+    given.update(sizes=sizes, weight=torch.randn(7, 5, 19, 3, 3))
+    with pytest.raises(ValueError, match="the table does not reach"):
+        native._library().conv3d(*given.values())
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="no instruction set"):
+        native.use_instruction_set("mmx")
+    with pytest.raises(ValueError, match="method must be one of"):
+        native.use_method("fft")
+
+
+def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    native._load.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", native.LIBRARY.with_name("absent.so"))
+    x = BlockSparseTensor.from_dense(torch.randn(1, 2, 8, 8, 8), BlockMask.random(1, 2, 4, 0.5), "torch")
+    try:
+        with pytest.raises(ValueError, match="was not built: no C\\+\\+ compiler, or S3D_NATIVE=0"):
+            functional.sparse_conv3d(x, torch.randn(2, 2, 1, 1, 1), backend="native")
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["direct", "winograd"])
+def test_more_than_two_to_the_31_elements(method: str) -> None:
+    """Only the last block is not zero; the pages of the others are never touched, so this needs little memory."""
+    native.use_method(method)
+    mask = BlockMask.from_grid(torch.ones(1, 1, 1, 1100, dtype=torch.bool), 32)
+    channels = 64
+    x = torch.zeros(mask.num_blocks, 32, 32, 32, channels)
+    assert x.numel() > 2**31
+    x[-1] = torch.randn(32, 32, 32, channels, generator=seeded(0))
+    weight = torch.randn(1, channels, 3, 3, 3, generator=seeded(1))
+    with use_backend("native"):
+        y = functional.sparse_conv3d(BlockSparseTensor(x, mask), weight, None, 1, 1).blocks
+    dense = torch.nn.functional.conv3d(x[-1].permute(3, 0, 1, 2)[None].double(), weight.double(), padding=1)
+    assert float((y[-1, ..., 0] - dense[0, 0]).norm() / dense.norm()) < 1e-5
+    assert not y[:-2].any()

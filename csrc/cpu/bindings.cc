@@ -286,7 +286,12 @@ void conv3d_grad_weight_of(const TensorView& grad, const TensorView& x, Geometry
   const Triple k = g.forward.kernel;
   T* w = data<T>(grad_weight, "grad_weight", {out, in / groups, k.d, k.h, k.w});
   const T* from = g.target<T>(grad, "grad", out);
-  kernels<T>().conv3d_grad_weight(g.forward, from, g.source<T>(x, "x", in), w, in, out, groups, threads);
+  const T* inputs = g.source<T>(x, "x", in);
+  if (use_winograd(g.forward, in, out, groups)) {
+    kernels<T>().conv3d_grad_weight_winograd(g.forward, from, inputs, w, in, out, threads);
+  } else {
+    kernels<T>().conv3d_grad_weight(g.forward, from, inputs, w, in, out, groups, threads);
+  }
   const int32_t offsets[2] = {0, static_cast<int32_t>(g.forward.written_rows)};
   const s3d::cpu::Rows rows = {1, offsets, g.forward.written_block.volume(), g.forward.written_voxels};
   norm_kernels<T>().channel_sums(rows, from, data<T>(grad_bias, "grad_bias", {out}), out, threads);

@@ -20,6 +20,8 @@ struct Kernels {
   // grad is written, x gathered (forward window). grad_weight as weight.
   void (*conv3d_grad_weight)(const Window&, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
                              int64_t out_channels, int64_t groups, int threads);
+  void (*conv3d_grad_weight_winograd)(const Window&, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
+                                      int64_t out_channels, int threads);
 };
 
 // Rows of a block-compact tensor, sample by sample.

@@ -250,3 +250,119 @@ void conv3d_winograd(const Window& window, const T* gathered, const T* weight, c
     }
   }
 }
+
+// The transpose of the output transform: two gradients to four, [g0, g0 + g1, g0 - g1, -g1].
+template <typename V>
+inline void spread_output_axis(const V low, const V high, V* m, int step) {
+  m[0] = low;
+  m[step] = low + high;
+  m[2 * step] = low - high;
+  m[3 * step] = -high;
+}
+
+// The transpose of the weight transform: four to three.
+template <typename V>
+inline void gather_weight_axis(const V* t, int t_step, V* g, int step) {
+  const V sum = (t[t_step] + t[2 * t_step]) * 0.5f;
+  g[0] = t[0] + sum;
+  g[step] = (t[t_step] - t[2 * t_step]) * 0.5f;
+  g[2 * step] = sum + t[3 * t_step];
+}
+
+// Transformed gradients of one tile, zeros up to `padded` channels.
+template <typename T>
+inline void transform_gradients(const Window& w, const int64_t* voxels, const T* grad, int64_t channels, int64_t padded,
+                                T* out, int64_t stride) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  using V = typename Vector<T>::type;
+  alignas(64) T rest[lanes];
+  for (int64_t c = 0; c < padded; c += lanes) {
+    V g[8], a[16], b[32], m[kPoints];
+    for (int j = 0; j < 8; ++j) {
+      const bool masked = w.written_voxels != nullptr && !w.written_voxels[voxels[j]];
+      if (masked || c >= channels) {
+        g[j] = V{};
+      } else if (c + lanes <= channels) {
+        g[j] = load(grad + voxels[j] * channels + c);
+      } else {
+        std::fill_n(rest, lanes, T(0));
+        std::copy_n(grad + voxels[j] * channels + c, channels - c, rest);
+        g[j] = load(rest);
+      }
+    }
+    for (int zy = 0; zy < 4; ++zy) spread_output_axis(g[zy * 2], g[zy * 2 + 1], a + zy * 4, 1);  // [2, 2, 4]
+    for (int z = 0; z < 2; ++z) {
+      for (int x = 0; x < 4; ++x) spread_output_axis(a[z * 8 + x], a[z * 8 + 4 + x], b + z * 16 + x, 4);  // [2, 4, 4]
+    }
+    for (int yx = 0; yx < 16; ++yx) spread_output_axis(b[yx], b[16 + yx], m + yx, 16);  // [4, 4, 4]
+    for (int i = 0; i < kPoints; ++i) store(out + i * stride + c, m[i]);
+  }
+}
+
+template <typename T>
+void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
+                                 int64_t out_channels, int threads) {
+  constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
+  using V = typename Vector<T>::type;
+  const int64_t panels = (out_channels + panel - 1) / panel, padded = panels * panel;
+  const Tiles tiles(window);
+  // Tiles are taken in chunks that depend on the problem alone: transformed by all threads, then every thread adds up the
+  // products of some of the 64 points.
+  constexpr int64_t kChunkBytes = int64_t(8) << 20;
+  const int64_t fitting = kChunkBytes / (kPoints * static_cast<int64_t>(sizeof(T)) * (in_channels + padded));
+  const int64_t chunk = std::min(tiles.total, std::clamp<int64_t>(fitting, 32, 512));
+  const int64_t row_groups = (in_channels + REGISTER_ROWS - 1) / REGISTER_ROWS, size = in_channels * padded;
+  AlignedBuffer<T> sums(kPoints * size), inputs(kPoints * chunk * in_channels), gradients(kPoints * chunk * padded);
+  std::vector<int64_t> source(chunk);
+  std::vector<int32_t> target(chunk);
+  for (int64_t i = 0; i < chunk; ++i) source[i] = target[i] = static_cast<int32_t>(i);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int point = 0; point < kPoints; ++point) std::fill_n(sums.data + point * size, size, T(0));
+    for (int64_t first = 0; first < tiles.total; first += chunk) {
+      const int64_t count = std::min(chunk, tiles.total - first);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) {
+        int64_t voxels[kPoints];
+        tiles.inputs(first + i, voxels);
+        transform_inputs(voxels, x, in_channels, in_channels, inputs.data + i * in_channels, chunk * in_channels);
+        tiles.outputs(first + i, voxels);
+        transform_gradients(window, voxels, grad, out_channels, padded, gradients.data + i * padded, chunk * padded);
+      }
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int point = 0; point < kPoints; ++point) {
+        for (int64_t p = 0; p < panels; ++p) {
+          T* total = sums.data + point * size + p * in_channels * panel;
+          for (int64_t r = 0; r < row_groups; ++r) {
+            const int64_t begin = in_channels * r / row_groups, end = in_channels * (r + 1) / row_groups;
+            correlate_rows<T, REGISTER_ROWS>(end - begin, count, inputs.data + point * chunk * in_channels + begin,
+                                             in_channels, source.data(), gradients.data + point * chunk * padded + p * panel,
+                                             padded, target.data(), total + begin * panel);
+          }
+        }
+      }
+    }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t k = 0; k < in_channels; ++k) {
+        for (int64_t half = 0; half < panel; half += lanes) {
+          V t[kPoints], a[48], b[36], g[27];
+          alignas(64) T lines[27 * lanes];
+          for (int i = 0; i < kPoints; ++i) t[i] = load(sums.data + i * size + (p * in_channels + k) * panel + half);
+          for (int yx = 0; yx < 16; ++yx) gather_weight_axis(t + yx, 16, a + yx, 16);  // [3, 4, 4]
+          for (int z = 0; z < 3; ++z) {
+            for (int x_ = 0; x_ < 4; ++x_) gather_weight_axis(a + z * 16 + x_, 4, b + z * 12 + x_, 4);  // [3, 3, 4]
+          }
+          for (int zy = 0; zy < 9; ++zy) gather_weight_axis(b + zy * 4, 1, g + zy * 3, 1);  // [3, 3, 3]
+          for (int tap = 0; tap < 27; ++tap) store(lines + tap * lanes, g[tap]);
+          const int64_t out = p * panel + half, filled = std::min(lanes, out_channels - out);
+          for (int64_t l = 0; l < filled; ++l) {
+            T* to = grad_weight + ((out + l) * in_channels + k) * 27;
+            for (int tap = 0; tap < 27; ++tap) to[tap] = lines[tap * lanes + l];
+          }
+        }
+      }
+    }
+  }
+}

@@ -1,4 +1,4 @@
-"""Backend "native" for CPU tensors: C++ kernels that compute pairs of visible voxels only, in place, without a halo copy.
+"""Backend "native" for CPU tensors: C++ kernels that compute pairs of visible voxels only, without a halo copy.
 
 The library is built with the package (`csrc/cpu`) and found beside it. It picks the best instruction set of the
 processor when it is loaded. float32 and float64 are computed as they are; bfloat16 and float16 are stored so and

@@ -219,17 +219,18 @@ int64_t& method() {
   return chosen;
 }
 
-bool use_winograd(const Window& w, int64_t in_channels, int64_t out_channels, int64_t groups) {
+bool use_winograd(const Window& w, int64_t in_channels, int64_t out_channels, int64_t groups, int64_t least_voxels) {
   if (method() == 1 || groups != 1 || !current()->winograd_applies(w)) return false;
   // Weights are transformed at each call, which pays for enough voxels; with few channels the transforms cost too much.
+  // Where it pays was measured: docs/performance.md.
   const int64_t voxels = w.written_rows * w.written_block.volume();
-  return method() == 2 || (voxels >= 1024 && std::min(in_channels, out_channels) >= 16);
+  return method() == 2 || (voxels >= least_voxels && std::min(in_channels, out_channels) >= 16);
 }
 
 template <typename T>
 void convolve(const Window& w, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
               int64_t out_channels, int64_t groups, int threads) {
-  if (use_winograd(w, in_channels, out_channels, groups)) {
+  if (use_winograd(w, in_channels, out_channels, groups, 1024)) {
     kernels<T>().conv3d_winograd(w, gathered, weight, bias, written, in_channels, out_channels, threads);
   } else {
     kernels<T>().conv3d(w, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
@@ -287,7 +288,7 @@ void conv3d_grad_weight_of(const TensorView& grad, const TensorView& x, Geometry
   T* w = data<T>(grad_weight, "grad_weight", {out, in / groups, k.d, k.h, k.w});
   const T* from = g.target<T>(grad, "grad", out);
   const T* inputs = g.source<T>(x, "x", in);
-  if (use_winograd(g.forward, in, out, groups)) {
+  if (use_winograd(g.forward, in, out, groups, 256)) {
     kernels<T>().conv3d_grad_weight_winograd(g.forward, from, inputs, w, in, out, threads);
   } else {
     kernels<T>().conv3d_grad_weight(g.forward, from, inputs, w, in, out, groups, threads);

@@ -7,6 +7,9 @@ constexpr int kPoints = 64;
 // Tiles of one chunk: their transformed inputs and products stay in the L2 cache.
 constexpr int64_t kChunkTiles = 24;
 
+// A distance between the points of a buffer at which they do not all fall on the same lines of the cache.
+inline int64_t spread(int64_t size) { return (size + 15) / 16 * 16 + 16; }
+
 // Along one axis, in place, `step` apart: [d0 - d2, d1 + d2, d2 - d1, d1 - d3].
 template <typename V>
 inline void transform_input_axis(V* t, int step) {
@@ -154,27 +157,42 @@ inline void transform_inputs(const int64_t* voxels, const T* x, int64_t x_stride
   using V = typename Vector<T>::type;
   alignas(64) T rest[kPoints * lanes];
   for (int64_t c = 0; c < depth; c += lanes) {
-    V t[kPoints];
-    if (c + lanes <= depth) {
-      for (int i = 0; i < kPoints; ++i) t[i] = voxels[i] < 0 ? V{} : load(x + voxels[i] * x_stride + c);
-    } else {
+    const bool whole = c + lanes <= depth;
+    if (!whole) {
       std::fill_n(rest, kPoints * lanes, T(0));
       for (int i = 0; i < kPoints; ++i) {
         if (voxels[i] >= 0) std::copy_n(x + voxels[i] * x_stride + c, depth - c, rest + i * lanes);
-        t[i] = load(rest + i * lanes);
       }
     }
-    for (int yx = 0; yx < 16; ++yx) transform_input_axis(t + yx, 16);
-    for (int z = 0; z < 4; ++z) {
-      for (int i = 0; i < 4; ++i) transform_input_axis(t + z * 16 + i, 4);
-      for (int y = 0; y < 4; ++y) transform_input_axis(t + z * 16 + y * 4, 1);
+    V t[kPoints];
+    for (int yx = 0; yx < 16; ++yx) {
+      V column[4];
+#pragma GCC unroll 4
+      for (int z = 0; z < 4; ++z) {
+        const int i = z * 16 + yx;
+        column[z] = !whole ? load(rest + i * lanes) : voxels[i] < 0 ? V{} : load(x + voxels[i] * x_stride + c);
+      }
+      transform_input_axis(column, 1);
+#pragma GCC unroll 4
+      for (int z = 0; z < 4; ++z) t[z * 16 + yx] = column[z];
     }
-    if (c + lanes <= depth) {
-      for (int i = 0; i < kPoints; ++i) store(out + i * stride + c, t[i]);
-    } else {
-      for (int i = 0; i < kPoints; ++i) {
-        store(rest, t[i]);
-        std::copy_n(rest, depth - c, out + i * stride + c);
+    for (int z = 0; z < 4; ++z) {
+      V plane[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) plane[i] = t[z * 16 + i];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) transform_input_axis(plane + i, 4);
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) transform_input_axis(plane + y * 4, 1);
+      T* to = out + z * 16 * stride + c;
+      if (whole) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) store(to + i * stride, plane[i]);
+      } else {
+        for (int i = 0; i < 16; ++i) {
+          store(rest + (z * 16 + i) * lanes, plane[i]);
+          std::copy_n(rest + (z * 16 + i) * lanes, depth - c, to + i * stride);
+        }
       }
     }
   }
@@ -198,18 +216,19 @@ void conv3d_winograd(const Window& window, const T* gathered, const T* weight, c
   const int64_t chunks = (tiles.total + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads)
   {
-    AlignedBuffer<T> inputs(kPoints * chunk * depth), products(kPoints * chunk * padded);
+    const int64_t input_stride = spread(chunk * depth), product_stride = spread(chunk * padded);
+    AlignedBuffer<T> inputs(kPoints * input_stride), products(kPoints * product_stride);
     int64_t voxels[kPoints];
 #pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < chunks; ++part) {
       const int64_t first = part * chunk, count = std::min(chunk, tiles.total - first);
       for (int64_t i = 0; i < count; ++i) {
         tiles.inputs(first + i, voxels);
-        transform_inputs(voxels, gathered, depth, depth, inputs.data + i * depth, chunk * depth);
+        transform_inputs(voxels, gathered, depth, depth, inputs.data + i * depth, input_stride);
       }
       for (int point = 0; point < kPoints; ++point) {
-        const T* x = inputs.data + point * chunk * depth;
-        T* y = products.data + point * chunk * padded;
+        const T* x = inputs.data + point * input_stride;
+        T* y = products.data + point * product_stride;
         for (int64_t p = 0; p < panels; ++p) {
           const T* weights = points.data + point * size + p * depth * panel;
           int64_t i = 0;
@@ -223,15 +242,22 @@ void conv3d_winograd(const Window& window, const T* gathered, const T* weight, c
         tiles.outputs(first + i, voxels);
         const T* products_of = products.data + i * padded;
         for (int64_t c = 0; c < wide; c += lanes) {
-          V m[kPoints], a[32], b[16], y[8];
-          for (int point = 0; point < kPoints; ++point) m[point] = load(products_of + point * chunk * padded + c);
-          for (int yx = 0; yx < 16; ++yx) transform_output_axis(m + yx, 16, a + yx, a + 16 + yx);  // [2, 4, 4]
+          V a[32], y[8];
+          for (int yx = 0; yx < 16; ++yx) {
+            V m[4];
+#pragma GCC unroll 4
+            for (int z = 0; z < 4; ++z) m[z] = load(products_of + (z * 16 + yx) * product_stride + c);
+            transform_output_axis(m, 1, a + yx, a + 16 + yx);  // [2, 4, 4]
+          }
           for (int z = 0; z < 2; ++z) {
-            for (int x = 0; x < 4; ++x) {
-              transform_output_axis(a + z * 16 + x, 4, b + z * 8 + x, b + z * 8 + 4 + x);  // [2, 2, 4]
+            V b[8];
+#pragma GCC unroll 4
+            for (int x = 0; x < 4; ++x) transform_output_axis(a + z * 16 + x, 4, b + x, b + 4 + x);  // [2, 4]
+#pragma GCC unroll 2
+            for (int row = 0; row < 2; ++row) {
+              transform_output_axis(b + row * 4, 1, y + z * 4 + row * 2, y + z * 4 + row * 2 + 1);
             }
           }
-          for (int zy = 0; zy < 4; ++zy) transform_output_axis(b + zy * 4, 1, y + zy * 2, y + zy * 2 + 1);
           const int64_t filled = std::min(lanes, wide - c);
           alignas(64) T line[lanes];
           for (int j = 0; j < 8; ++j) {
@@ -277,7 +303,7 @@ inline void transform_gradients(const Window& w, const int64_t* voxels, const T*
   using V = typename Vector<T>::type;
   alignas(64) T rest[lanes];
   for (int64_t c = 0; c < padded; c += lanes) {
-    V g[8], a[16], b[32], m[kPoints];
+    V g[8], a[16], b[32];
     for (int j = 0; j < 8; ++j) {
       const bool masked = w.written_voxels != nullptr && !w.written_voxels[voxels[j]];
       if (masked || c >= channels) {
@@ -290,12 +316,18 @@ inline void transform_gradients(const Window& w, const int64_t* voxels, const T*
         g[j] = load(rest);
       }
     }
-    for (int zy = 0; zy < 4; ++zy) spread_output_axis(g[zy * 2], g[zy * 2 + 1], a + zy * 4, 1);  // [2, 2, 4]
     for (int z = 0; z < 2; ++z) {
-      for (int x = 0; x < 4; ++x) spread_output_axis(a[z * 8 + x], a[z * 8 + 4 + x], b + z * 16 + x, 4);  // [2, 4, 4]
+#pragma GCC unroll 2
+      for (int y = 0; y < 2; ++y) spread_output_axis(g[z * 4 + y * 2], g[z * 4 + y * 2 + 1], a + z * 8 + y * 4, 1);
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) spread_output_axis(a[z * 8 + x], a[z * 8 + 4 + x], b + z * 16 + x, 4);
     }
-    for (int yx = 0; yx < 16; ++yx) spread_output_axis(b[yx], b[16 + yx], m + yx, 16);  // [4, 4, 4]
-    for (int i = 0; i < kPoints; ++i) store(out + i * stride + c, m[i]);
+    for (int yx = 0; yx < 16; ++yx) {
+      V m[4];
+      spread_output_axis(b[yx], b[16 + yx], m, 1);
+#pragma GCC unroll 4
+      for (int z = 0; z < 4; ++z) store(out + (z * 16 + yx) * stride + c, m[z]);
+    }
   }
 }
 
@@ -308,11 +340,12 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
   const Tiles tiles(window);
   // Tiles are taken in chunks that depend on the problem alone: transformed by all threads, then every thread adds up the
   // products of some of the 64 points.
-  constexpr int64_t kChunkBytes = int64_t(8) << 20;
+  constexpr int64_t kChunkBytes = int64_t(2) << 20;
   const int64_t fitting = kChunkBytes / (kPoints * static_cast<int64_t>(sizeof(T)) * (in_channels + padded));
   const int64_t chunk = std::min(tiles.total, std::clamp<int64_t>(fitting, 32, 512));
   const int64_t row_groups = (in_channels + REGISTER_ROWS - 1) / REGISTER_ROWS, size = in_channels * padded;
-  AlignedBuffer<T> sums(kPoints * size), inputs(kPoints * chunk * in_channels), gradients(kPoints * chunk * padded);
+  const int64_t input_stride = spread(chunk * in_channels), grad_stride = spread(chunk * padded);
+  AlignedBuffer<T> sums(kPoints * size), inputs(kPoints * input_stride), gradients(kPoints * grad_stride);
   std::vector<int64_t> source(chunk);
   std::vector<int32_t> target(chunk);
   for (int64_t i = 0; i < chunk; ++i) source[i] = target[i] = static_cast<int32_t>(i);
@@ -326,9 +359,9 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
       for (int64_t i = 0; i < count; ++i) {
         int64_t voxels[kPoints];
         tiles.inputs(first + i, voxels);
-        transform_inputs(voxels, x, in_channels, in_channels, inputs.data + i * in_channels, chunk * in_channels);
+        transform_inputs(voxels, x, in_channels, in_channels, inputs.data + i * in_channels, input_stride);
         tiles.outputs(first + i, voxels);
-        transform_gradients(window, voxels, grad, out_channels, padded, gradients.data + i * padded, chunk * padded);
+        transform_gradients(window, voxels, grad, out_channels, padded, gradients.data + i * padded, grad_stride);
       }
 #pragma omp for collapse(2) schedule(dynamic)
       for (int point = 0; point < kPoints; ++point) {
@@ -336,8 +369,8 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
           T* total = sums.data + point * size + p * in_channels * panel;
           for (int64_t r = 0; r < row_groups; ++r) {
             const int64_t begin = in_channels * r / row_groups, end = in_channels * (r + 1) / row_groups;
-            correlate_rows<T, REGISTER_ROWS>(end - begin, count, inputs.data + point * chunk * in_channels + begin,
-                                             in_channels, source.data(), gradients.data + point * chunk * padded + p * panel,
+            correlate_rows<T, REGISTER_ROWS>(end - begin, count, inputs.data + point * input_stride + begin,
+                                             in_channels, source.data(), gradients.data + point * grad_stride + p * panel,
                                              padded, target.data(), total + begin * panel);
           }
         }

@@ -104,5 +104,6 @@ def test_installation_holds_the_packages_and_nothing_else() -> None:
     here = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     files = [path.as_posix() for path in distribution.files or () if ".." not in path.parts]
     installed = {path for path in files if path.endswith(".py")}
+    assert "s3d_kernels/libs3d_cpu.so" in files, "the native library was not built"
     assert installed == here, "the installation is not of this working copy, or a package is missing from it"
     assert {path.partition("/")[0] for path in files if ".dist-info/" not in path} == set(PACKAGES)

@@ -92,7 +92,7 @@ def test_a_layer_can_have_its_own(spy: Spy) -> None:
 
 def test_unknown_backends_are_named() -> None:
     with (
-        pytest.raises(ValueError, match=r"backend must be 'auto' or one of \['reference', 'torch'\], got 'cuda'"),
+        pytest.raises(ValueError, match=r"backend must be 'auto' or one of \['native', 'reference', 'torch'\], got 'cuda'"),
         use_backend("cuda"),
     ):
         pass
@@ -104,7 +104,9 @@ def test_explain(spy: Spy) -> None:
     problem = backends.ConvProblem(
         "cpu", torch.float32, 4, 4, 2, (1, 1, 1), (1, 1, 1), (0, 0, 0), (4, 4, 4), partial=False
     )
-    assert sk.explain(problem) == {"spy": "groups are not for spies", "torch": None, "reference": None}
+    others = {"native": None, "torch": None, "reference": None}
+    assert sk.explain(problem) == {"spy": "groups are not for spies", **others}
+    assert list(sk.explain(problem)) == ["spy", *others]
 
 
 def test_selfcheck_passes_and_finds_a_wrong_backend(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,4 +115,5 @@ def test_selfcheck_passes_and_finds_a_wrong_backend(spy: Spy, monkeypatch: pytes
     assert all(finding.ok for finding in selfcheck())
     original = Spy.conv3d
     monkeypatch.setattr(Spy, "conv3d", lambda *arguments: original(*arguments) * 1.001)
-    assert {finding.backend: finding.ok for finding in selfcheck()} == {"spy": False, "torch": True, "reference": True}
+    found = {finding.backend: finding.ok for finding in selfcheck()}
+    assert found == {"spy": False, "native": True, "torch": True, "reference": True}

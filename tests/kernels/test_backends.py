@@ -92,7 +92,9 @@ def test_a_layer_can_have_its_own(spy: Spy) -> None:
 
 def test_unknown_backends_are_named() -> None:
     with (
-        pytest.raises(ValueError, match=r"backend must be 'auto' or one of \['native', 'reference', 'torch'\], got 'cuda'"),
+        pytest.raises(
+            ValueError, match=r"backend must be 'auto' or one of \['native', 'reference', 'torch'\], got 'cuda'"
+        ),
         use_backend("cuda"),
     ):
         pass

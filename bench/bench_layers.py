@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import peers
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from settings import Settings
-from torch import nn
+from torch import Tensor, nn
 
 from s3d.model import PRESETS
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, to_sparse, use_backend
+from s3d_kernels.backends import native
+
+Forward = Callable[[], Tensor]
+
+DIRECT = "native direct"  # without Winograd
 
 
 def _layers(preset: str) -> list[tuple[str, int, int, Callable[[], nn.Module]]]:
@@ -42,51 +50,126 @@ def _layers(preset: str) -> list[tuple[str, int, int, Callable[[], nn.Module]]]:
     return layers
 
 
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _timed(forward: Forward) -> tuple[float, float]:
+    """Seconds of forward, and of forward and backward."""
+    _synchronise()
+    begin = time.perf_counter()
+    y = forward()
+    _synchronise()
+    middle = time.perf_counter()
+    y.backward(torch.ones_like(y))
+    _synchronise()
+    return middle - begin, time.perf_counter() - begin
+
+
+@contextmanager
+def _as(contender: str) -> Iterator[None]:
+    if contender != DIRECT:
+        with use_backend(contender):
+            yield
+        return
+    native.use_method("direct")
+    try:
+        with use_backend("native"):
+            yield
+    finally:
+        native.use_method("auto")
+
+
+def _sparse(layer: nn.Module, x: BlockSparseTensor, contender: str) -> Forward:
+    def forward() -> Tensor:
+        y: Tensor = layer(x).blocks
+        return y
+
+    return forward
+
+
+def _take_turns(contenders: dict[str, Forward], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of forward and of the step, after one round that is not counted."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, forward in contenders.items():
+            with _as(name) if name in (*REGISTRY, DIRECT) else use_backend("auto"):
+                seconds[name].append(_timed(forward))
+    medians = {}
+    for name, measured in seconds.items():
+        forward_seconds, step_seconds = zip(*(measured[1:] or measured), strict=True)
+        medians[name] = (statistics.median(forward_seconds), statistics.median(step_seconds))
+    return medians
+
+
+def _pairs(mask: BlockMask) -> float:
+    """Pairs of visible voxels of a 3x3x3 convolution."""
+    ones = torch.ones(mask.num_blocks, *mask.block, 1, device=mask.device)
+    layer = to_sparse(nn.Conv3d(1, 1, 3, padding=1, bias=False)).to(mask.device)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        return float(layer(BlockSparseTensor(ones, mask)).blocks.double().sum())
+
+
+def _multiplication_rate() -> float:
+    """FLOP/s of a large float32 matrix product: what this machine can do."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        _synchronise()
+        begin = time.perf_counter()
+        a @ b
+        _synchronise()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / statistics.median(seconds[1:])
+
+
 @pytest.mark.timeout(0)
 def test_layers(settings: Settings, results: list[dict[str, Any]], benchmark: BenchmarkFixture) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ratio = 0.75
-    base = BlockMask.random(
-        1, settings.patch_size // settings.block, settings.block, ratio, torch.Generator().manual_seed(0), device=device
-    )
     names = [name for name in settings.contenders if name in REGISTRY]
-
-    def step(layer: nn.Module, x: BlockSparseTensor, backend: str) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        with use_backend(backend):
-            y = layer(x)
-            y.blocks.backward(torch.ones_like(y.blocks))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
     def run() -> list[dict[str, Any]]:
         rows = []
-        for name, stage, channels, make in _layers(settings.preset):
-            mask = base
-            for _ in range(stage):
-                mask = mask.downsample(2)
-            layer = to_sparse(make()).to(device)
-            blocks = torch.randn(mask.num_blocks, *mask.block, channels, device=device, requires_grad=True)
-            x = BlockSparseTensor(blocks, mask)
-            seconds: dict[str, list[float]] = {backend: [] for backend in names}
-            for _ in range(settings.rounds + 1):
-                for backend in names:
-                    seconds[backend].append(step(layer, x, backend))
-            for backend, measured in seconds.items():
-                rows.append(
-                    {
+        for ratio in (0.75, 0.0):
+            grid = math.ceil(settings.patch_size / settings.block)
+            base = BlockMask.random(1, grid, settings.block, ratio, torch.Generator().manual_seed(0), device=device)
+            for name, stage, channels, make in _layers(settings.preset):
+                square = name.startswith("stage") and name.endswith(" conv 3")
+                if ratio == 0.0 and not square:
+                    continue
+                mask = base
+                for _ in range(stage):
+                    mask = mask.downsample(2)
+                layer = to_sparse(make()).to(device)
+                blocks = torch.randn(mask.num_blocks, *mask.block, channels, device=device, requires_grad=True)
+                x = BlockSparseTensor(blocks, mask)
+                contenders = {backend: _sparse(layer, x, backend) for backend in names}
+                if square and device == "cpu" and "native" in names:
+                    contenders[DIRECT] = _sparse(layer, x, DIRECT)
+                    contenders["dense"] = peers.dense_convolution(channels, mask, torch.contiguous_format)
+                    contenders["dense, channels last"] = peers.dense_convolution(channels, mask, torch.channels_last_3d)
+                    spconv = peers.spconv_convolution(channels, mask)
+                    if spconv is not None:
+                        contenders["spconv"] = spconv
+                rate = _multiplication_rate()
+                for contender, (forward_seconds, step_seconds) in _take_turns(contenders, settings.rounds).items():
+                    row = {
                         "question": "layer",
                         "layer": name,
                         "block": mask.block[0],
-                        "contender": backend,
+                        "contender": contender,
                         "patch_size": settings.patch_size,
                         "mask_ratio": ratio,
-                        "step_seconds": statistics.median(measured[1:] or measured),
+                        "forward_seconds": forward_seconds,
+                        "step_seconds": step_seconds,
                     }
-                )
+                    if square:
+                        row["pair_flop"] = 2 * _pairs(mask) * channels * channels
+                        row["multiplication_flop_per_second"] = rate
+                    rows.append(row)
         return rows
 
     rows = benchmark.pedantic(run, rounds=1, iterations=1)

@@ -55,23 +55,52 @@ def markdown(rows: list[Row], machine: dict[str, Any]) -> str:
             cells += [_ratio(row, same.get(base), "peak_mebibytes") for base in ("reference", "dense masked")]
             parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
-    layers = [row for row in rows if row["question"] == "layer"]
-    if layers:
-        names = list(dict.fromkeys(row["contender"] for row in layers))
+    steps = [row for row in rows if row["question"] == "training step"]
+    if steps:
+        first = steps[0]
+        base = next((row for row in steps if row["contender"] == "reference"), None)
         parts += [
-            f"Layers at {100 * layers[0]['mask_ratio']:.0f} % masked, {layers[0]['patch_size']}^3, "
-            "forward and backward, ms:",
+            f"Training step of S3D with {first['preset']}, one patch of {first['patch_size']}^3, "
+            f"{100 * first['mask_ratio']:.0f} % masked:",
             "",
-            f"| layer | block of the input | {' | '.join(names)} |",
-            f"| --- | ---: | {' | '.join('---:' for _ in names)} |",
+            "| backend | step, s | faster than reference |",
+            "| --- | ---: | ---: |",
         ]
-        for layer in dict.fromkeys(row["layer"] for row in layers):
-            of = {row["contender"]: row for row in layers if row["layer"] == layer}
-            cells = [layer, str(next(iter(of.values()))["block"])]
-            cells += [f"{1000 * of[name]['step_seconds']:.1f}" for name in names]
-            parts.append(f"| {' | '.join(cells)} |")
+        for row in steps:
+            parts.append(f"| {row['contender']} | {row['step_seconds']:.2f} | {_ratio(base, row, 'step_seconds')} |")
         parts.append("")
+    layers = [row for row in rows if row["question"] == "layer"]
+    for ratio in dict.fromkeys(row["mask_ratio"] for row in layers):
+        parts += _layer_table([row for row in layers if row["mask_ratio"] == ratio])
     return "\n".join(parts)
+
+
+def _layer_table(layers: list[Row]) -> list[str]:
+    """Forward and step of every layer and contender, at one mask ratio."""
+    names = list(dict.fromkeys(row["contender"] for row in layers))
+    parts = [
+        f"Layers at {100 * layers[0]['mask_ratio']:.0f} % masked, {layers[0]['patch_size']}^3, ms: forward / forward "
+        "and backward. In brackets: arithmetic of forward, counting pairs of visible voxels only, as a share of a "
+        "large float32 matrix product in the same run.",
+        "",
+        f"| layer | block of the input | {' | '.join(names)} |",
+        f"| --- | ---: | {' | '.join('---:' for _ in names)} |",
+    ]
+    for layer in dict.fromkeys(row["layer"] for row in layers):
+        of = {row["contender"]: row for row in layers if row["layer"] == layer}
+        cells = [layer, str(next(iter(of.values()))["block"])]
+        for name in names:
+            if name not in of:
+                cells.append("")
+                continue
+            row = of[name]
+            cell = f"{1000 * row['forward_seconds']:.1f} / {1000 * row['step_seconds']:.1f}"
+            if "pair_flop" in row and not name.startswith("dense"):
+                share = row["pair_flop"] / row["forward_seconds"] / row["multiplication_flop_per_second"]
+                cell += f" ({share:.2f})"
+            cells.append(cell)
+        parts.append(f"| {' | '.join(cells)} |")
+    return [*parts, ""]
 
 
 def _ratio(numerator: Row | None, denominator: Row | None, key: str) -> str:

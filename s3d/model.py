@@ -13,7 +13,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
 
-from s3d_kernels import BlockMask, BlockSparseTensor, sparse_instance_norm, to_sparse
+from s3d_kernels import BlockMask, BlockSparseTensor, computes_natively, sparse_instance_norm, to_sparse
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class S3D(nn.Module):
         self.sparse = sparse
         features: Sequence[int] = unet.encoder.output_channels
         if sparse:
-            to_sparse(unet.encoder)
+            to_sparse(unet)
         self.mask_tokens: nn.ParameterList | None = None
         if mask_tokens:
             self.mask_tokens = nn.ParameterList(nn.Parameter(_mask_token(channels)) for channels in features)
@@ -118,7 +118,7 @@ class S3D(nn.Module):
             convolutions = [nn.Conv3d(channels, channels, 3, padding=1) for channels in features[1:]]
             for convolution in convolutions:
                 ResidualEncoderUNet.initialize(convolution)
-            self.densify = nn.ModuleList([nn.Identity(), *convolutions])
+            self.densify = to_sparse(nn.ModuleList([nn.Identity(), *convolutions]))
 
     def forward(
         self,
@@ -133,15 +133,39 @@ class S3D(nn.Module):
         if not self.sparse:
             reconstruction: Tensor = self.unet(visible.to_dense())
             return reconstruction
-        skips = [self._fill(stage, skip) for stage, skip in enumerate(self.unet.encoder(visible))]
-        return self.unet.decoder(skips)
+        features = self.unet.encoder(visible)
+        skips = [self._fill(stage, skip) for stage, skip in enumerate(features)]
+        if not _kernels_are_faster(x):
+            if self.densify is not None:
+                skips = [densify(skip) for densify, skip in zip(self.densify, skips, strict=True)]
+            return self.unet.decoder(skips)
+        blocks = _as_blocks(skips)
+        if self.densify is not None:
+            blocks = [densify(skip) for densify, skip in zip(self.densify, blocks, strict=True)]
+        return self.unet.decoder(blocks).blocks.permute(0, 4, 1, 2, 3)
 
     def _fill(self, stage: int, skip: BlockSparseTensor) -> Tensor:
         """Dense features of a stage [N, C, d, h, w] from its visible ones."""
         if self.mask_tokens is None:
             return skip.to_dense()
-        filled = sparse_instance_norm(skip).to_dense(fill=self.mask_tokens[stage])
-        return filled if self.densify is None else self.densify[stage](filled)
+        return sparse_instance_norm(skip).to_dense(fill=self.mask_tokens[stage])
+
+
+def _kernels_are_faster(x: Tensor) -> bool:
+    """Whether our kernels compute a dense convolution faster than torch: the native ones on a CPU do."""
+    return x.device.type == "cpu" and computes_natively(x) and not torch.compiler.is_compiling()
+
+
+def _as_blocks(skips: list[Tensor]) -> list[BlockSparseTensor]:
+    """Dense features as one visible block a sample, without a copy, under masks of one family."""
+    everything = torch.ones(len(skips[-1]), 1, 1, 1, dtype=torch.bool, device=skips[-1].device)
+    mask = BlockMask.from_grid(everything, tuple(skips[-1].shape[2:]))
+    blocks: list[BlockSparseTensor] = []
+    for finer, skip in zip([*skips[-2::-1], None], skips[::-1], strict=True):
+        blocks.append(BlockSparseTensor(skip.permute(0, 2, 3, 4, 1).contiguous(), mask))
+        if finer is not None:
+            mask = mask.upsample([a // b for a, b in zip(finer.shape[2:], skip.shape[2:], strict=True)])
+    return blocks[::-1]
 
 
 def _mask_token(channels: int) -> Tensor:

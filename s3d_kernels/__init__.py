@@ -1,7 +1,7 @@
 """3D convolution, normalisation and pooling over visible voxels only, as drop-in torch modules."""
 
 from ._version import __version__
-from .backends import REGISTRY, explain, use_backend
+from .backends import REGISTRY, computes_natively, explain, use_backend
 from .block_mask import BlockMask
 from .block_sparse import BlockSparseTensor
 from .convert import to_sparse
@@ -35,6 +35,7 @@ __all__ = [
     "SparseInstanceNorm3d",
     "SparseMaxPool3d",
     "__version__",
+    "computes_natively",
     "explain",
     "sparse_batch_norm",
     "sparse_conv3d",

@@ -7,7 +7,7 @@ from torch import nn
 from s3d.loss import masked_mse
 from s3d.masking import MaskSampler
 from s3d.model import PRESETS, S3D, build_unet
-from s3d_kernels import BlockMask, use_backend
+from s3d_kernels import BlockMask, BlockSparseTensor, use_backend
 
 ROWS = [
     {"sparse": False, "mask_tokens": False, "densify": False},
@@ -105,7 +105,8 @@ def test_mask_tokens_fill_normalised_features() -> None:
     x, mask = problem()
     seen: list[torch.Tensor] = []
     model.unet.decoder.register_forward_pre_hook(lambda module, arguments: seen.extend(arguments[0]))
-    model(x, mask)
+    with use_backend("torch"):  # which leaves the decoder dense
+        model(x, mask)
     assert len(seen) == 3
     for stage, skip in enumerate(seen):
         visible = mask.downsample(2**stage).to_dense().expand_as(skip)
@@ -115,6 +116,26 @@ def test_mask_tokens_fill_normalised_features() -> None:
             values = sample[shown].view(sample.shape[0], -1)
             assert values.mean(1).abs().max() < 1e-4
             assert (values.var(1, correction=0) - 1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("row", [1, 2, 3])
+def test_the_decoder_on_native_kernels_equals_the_dense_one(row: int) -> None:
+    model = tiny(**ROWS[row]).double()
+    x, mask = problem()
+    seen: list[object] = []
+    model.unet.decoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0]))
+    results = []
+    for backend in ("native", "torch"):
+        model.zero_grad()
+        with use_backend(backend):
+            y = model(x.double(), mask)
+            y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert isinstance(seen[0], BlockSparseTensor)
+    assert isinstance(seen[1], torch.Tensor)
+    assert len(results[0]) == len(results[1])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
 def test_densification_has_no_convolution_at_full_resolution() -> None:

@@ -21,13 +21,63 @@ inline void store(T* p, typename Vector<T>::type v) {
   *reinterpret_cast<typename Vector<T>::type*>(p) = v;
 }
 
+// Large buffers of finished calls, kept for the next ones of the same thread: fresh memory costs a page fault for every
+// 4 KiB, which takes longer than many a kernel on small blocks.
+class Spare {
+ public:
+  static Spare& of_this_thread() {
+    static thread_local Spare spare;
+    return spare;
+  }
+  ~Spare() {
+    for (const Block& block : blocks_) release(block.data);
+  }
+
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  // The smallest block that is large enough, or a new one.
+  Block take(size_t bytes) {
+    auto best = blocks_.end();
+    for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
+      if (it->bytes >= bytes && (best == blocks_.end() || it->bytes < best->bytes)) best = it;
+    }
+    if (best == blocks_.end()) return {::operator new(bytes, std::align_val_t(64)), bytes};
+    const Block block = *best;
+    kept_ -= block.bytes;
+    blocks_.erase(best);
+    return block;
+  }
+
+  void give(Block block) {
+    constexpr size_t most = size_t(48) << 20;
+    while (!blocks_.empty() && kept_ + block.bytes > most) {
+      kept_ -= blocks_.front().bytes;
+      release(blocks_.front().data);
+      blocks_.erase(blocks_.begin());
+    }
+    if (kept_ + block.bytes > most) return release(block.data);
+    kept_ += block.bytes;
+    blocks_.push_back(block);
+  }
+
+ private:
+  static void release(void* data) { ::operator delete(data, std::align_val_t(64)); }
+  std::vector<Block> blocks_;
+  size_t kept_ = 0;
+};
+
 template <typename T>
 struct AlignedBuffer {
-  explicit AlignedBuffer(int64_t size)
-      : data(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t(64)))) {}
-  ~AlignedBuffer() { ::operator delete(data, std::align_val_t(64)); }
+  explicit AlignedBuffer(int64_t size) : block(Spare::of_this_thread().take(std::max<int64_t>(size, 1) * sizeof(T))) {
+    data = static_cast<T*>(block.data);
+  }
+  ~AlignedBuffer() { Spare::of_this_thread().give(block); }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  Spare::Block block;
   T* data;
 };
 
@@ -333,12 +383,80 @@ void conv3d_grad_weight_depthwise(const Window& window, const T* grad, const T* 
   }
 }
 
+// The gradient of a weight where voxels are few: it is written once, from registers, a few channels at a time.
+template <typename T>
+void conv3d_grad_weight_small(const Window& window, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
+                              int64_t out_channels, int64_t groups, int threads) {
+  constexpr int64_t panel = Vector<T>::panel;
+  const Locator locator(window);
+  const int64_t taps = window.taps(), width = window.written_block.w;
+  const int64_t in_group = in_channels / groups, out_group = out_channels / groups;
+  const int64_t panels = (out_group + panel - 1) / panel;
+  const int64_t row_groups = (in_group + REGISTER_ROWS - 1) / REGISTER_ROWS;
+  const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
+  const int64_t tile = rows_per_tile(window), tiles = (rows + tile - 1) / tile;
+  Pairs<T> pairs(window, locator, taps * rows * width);
+  std::vector<int64_t> begin(tiles * taps + 1);
+  for (int64_t t = 0, end = 0; t < tiles; ++t) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      end = pairs.list(tap, t * tile, std::min(rows, (t + 1) * tile), end);
+      begin[t * taps + tap + 1] = end;
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    AlignedBuffer<T> sums(taps * REGISTER_ROWS * panel), rest(tile * width * panel);
+#pragma omp for collapse(3) schedule(dynamic)
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t r = 0; r < row_groups; ++r) {
+          const int64_t first = in_group * r / row_groups, count = in_group * (r + 1) / row_groups - first;
+          const int64_t filled = std::min(panel, out_group - p * panel);
+          std::fill_n(sums.data, taps * REGISTER_ROWS * panel, T(0));
+          for (int64_t t = 0; t < tiles; ++t) {
+            const T* g = grad + t * tile * width * out_channels + group * out_group + p * panel;
+            int64_t stride = out_channels;
+            if (filled < panel) {
+              // Vectors must not reach beyond the last channel.
+              const int64_t voxels = std::min(tile, rows - t * tile) * width;
+              for (int64_t v = 0; v < voxels; ++v) {
+                std::fill_n(rest.data + v * panel, panel, T(0));
+                std::copy_n(g + v * stride, filled, rest.data + v * panel);
+              }
+              g = rest.data;
+              stride = panel;
+            }
+            for (int64_t tap = 0; tap < taps; ++tap) {
+              const int64_t from = begin[t * taps + tap], pairs_of_tap = begin[t * taps + tap + 1] - from;
+              if (pairs_of_tap == 0) continue;
+              correlate_rows<T, REGISTER_ROWS>(count, pairs_of_tap, x + group * in_group + first, in_channels,
+                                               pairs.source.data() + from, g, stride, pairs.target.data() + from,
+                                               sums.data + tap * REGISTER_ROWS * panel);
+            }
+          }
+          for (int64_t j = 0; j < filled; ++j) {
+            T* out = grad_weight + ((group * out_group + p * panel + j) * in_group + first) * taps;
+            for (int64_t m = 0; m < count; ++m) {
+              for (int64_t tap = 0; tap < taps; ++tap) {
+                out[m * taps + tap] = sums.data[(tap * REGISTER_ROWS + m) * panel + j];
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
                         int64_t out_channels, int64_t groups, int threads) {
   constexpr int64_t panel = Vector<T>::panel;
   if (groups == in_channels && groups == out_channels) {
     return conv3d_grad_weight_depthwise(window, grad, x, grad_weight, groups, threads);
+  }
+  if (window.written_rows * window.written_block.volume() < 4096) {
+    return conv3d_grad_weight_small(window, grad, x, grad_weight, in_channels, out_channels, groups, threads);
   }
   const Locator locator(window);
   const int64_t taps = window.taps(), width = window.written_block.w;
@@ -350,7 +468,7 @@ void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad
   // are many voxels all taps of a part are done while it is in the cache; where there are few, taps and panels are the work.
   const int64_t size = taps * panels * in_group * panel;
   const int64_t budget = std::max<int64_t>(1, (int64_t(64) << 20) / static_cast<int64_t>(size * sizeof(T)));
-  const int64_t parts = std::clamp<int64_t>(rows * width / 4096, 1, std::min<int64_t>(budget, 16));
+  const int64_t parts = std::clamp<int64_t>(rows * width / 2048, 1, std::min<int64_t>(budget, 16));
   const int64_t wanted = 8 * threads;
   const int64_t tap_pieces = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, taps);
   const int64_t panel_pieces = std::clamp<int64_t>((wanted + parts * tap_pieces - 1) / (parts * tap_pieces), 1, panels);

@@ -295,15 +295,58 @@ inline void gather_weight_axis(const V* t, int t_step, V* g, int step) {
   g[2 * step] = sum + t[3 * t_step];
 }
 
-// Transformed gradients of one tile, zeros up to `padded` channels.
+// The 16 points of one plane (depth) of transformed inputs: out[i * stride + c], with c up to `depth`.
 template <typename T>
-inline void transform_gradients(const Window& w, const int64_t* voxels, const T* grad, int64_t channels, int64_t padded,
-                                T* out, int64_t stride) {
+inline void transform_inputs_plane(const int64_t* voxels, int plane, const T* x, int64_t depth, T* out, int64_t stride) {
   constexpr int64_t lanes = Vector<T>::lanes;
   using V = typename Vector<T>::type;
+  // d0 - d2, d1 + d2, d2 - d1, d1 - d3.
+  static const int first[4] = {0, 1, 2, 1}, second[4] = {2, 2, 1, 3};
+  const int64_t *a = voxels + first[plane] * 16, *b = voxels + second[plane] * 16;
+  alignas(64) T rest[2 * lanes];
+  for (int64_t c = 0; c < depth; c += lanes) {
+    const bool whole = c + lanes <= depth;
+    V points[16];
+    for (int i = 0; i < 16; ++i) {
+      V left{}, right{};
+      if (whole) {
+        if (a[i] >= 0) left = load(x + a[i] * depth + c);
+        if (b[i] >= 0) right = load(x + b[i] * depth + c);
+      } else {
+        std::fill_n(rest, 2 * lanes, T(0));
+        if (a[i] >= 0) std::copy_n(x + a[i] * depth + c, depth - c, rest);
+        if (b[i] >= 0) std::copy_n(x + b[i] * depth + c, depth - c, rest + lanes);
+        left = load(rest);
+        right = load(rest + lanes);
+      }
+      points[i] = plane == 1 ? left + right : left - right;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) transform_input_axis(points + i, 4);
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) transform_input_axis(points + y * 4, 1);
+    for (int i = 0; i < 16; ++i) {
+      if (whole) {
+        store(out + i * stride + c, points[i]);
+      } else {
+        store(rest, points[i]);
+        std::copy_n(rest, depth - c, out + i * stride + c);
+      }
+    }
+  }
+}
+
+// The 16 points of one plane of transformed gradients, for channels [begin, end), zeros beyond `channels`.
+template <typename T>
+inline void transform_gradients_plane(const Window& w, const int64_t* voxels, int plane, const T* grad, int64_t channels,
+                                      int64_t begin, int64_t end, T* out, int64_t stride) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  using V = typename Vector<T>::type;
+  // g0, g0 + g1, g0 - g1, -g1.
+  static const T low[4] = {1, 1, 1, 0}, high[4] = {0, 1, -1, -1};
   alignas(64) T rest[lanes];
-  for (int64_t c = 0; c < padded; c += lanes) {
-    V g[8], a[16], b[32];
+  for (int64_t c = begin; c < end; c += lanes) {
+    V g[8], a[8], m[16];
     for (int j = 0; j < 8; ++j) {
       const bool masked = w.written_voxels != nullptr && !w.written_voxels[voxels[j]];
       if (masked || c >= channels) {
@@ -316,18 +359,10 @@ inline void transform_gradients(const Window& w, const int64_t* voxels, const T*
         g[j] = load(rest);
       }
     }
-    for (int z = 0; z < 2; ++z) {
-#pragma GCC unroll 2
-      for (int y = 0; y < 2; ++y) spread_output_axis(g[z * 4 + y * 2], g[z * 4 + y * 2 + 1], a + z * 8 + y * 4, 1);
-#pragma GCC unroll 4
-      for (int x = 0; x < 4; ++x) spread_output_axis(a[z * 8 + x], a[z * 8 + 4 + x], b + z * 16 + x, 4);
-    }
-    for (int yx = 0; yx < 16; ++yx) {
-      V m[4];
-      spread_output_axis(b[yx], b[16 + yx], m, 1);
-#pragma GCC unroll 4
-      for (int z = 0; z < 4; ++z) store(out + (z * 16 + yx) * stride + c, m[z]);
-    }
+    for (int yx = 0; yx < 4; ++yx) g[yx] = g[yx] * low[plane] + g[4 + yx] * high[plane];  // [2, 2]
+    for (int y = 0; y < 2; ++y) spread_output_axis(g[y * 2], g[y * 2 + 1], a + y * 4, 1);   // [2, 4]
+    for (int x = 0; x < 4; ++x) spread_output_axis(a[x], a[4 + x], m + x, 4);               // [4, 4]
+    for (int i = 0; i < 16; ++i) store(out + i * stride + (c - begin), m[i]);
   }
 }
 
@@ -338,40 +373,56 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
   using V = typename Vector<T>::type;
   const int64_t panels = (out_channels + panel - 1) / panel, padded = panels * panel;
   const Tiles tiles(window);
-  // Tiles are taken in chunks that depend on the problem alone: transformed by all threads, then every thread adds up the
-  // products of some of the 64 points.
-  constexpr int64_t kChunkBytes = int64_t(2) << 20;
-  const int64_t fitting = kChunkBytes / (kPoints * static_cast<int64_t>(sizeof(T)) * (in_channels + padded));
-  const int64_t chunk = std::min(tiles.total, std::clamp<int64_t>(fitting, 32, 512));
-  const int64_t row_groups = (in_channels + REGISTER_ROWS - 1) / REGISTER_ROWS, size = in_channels * padded;
-  const int64_t input_stride = spread(chunk * in_channels), grad_stride = spread(chunk * padded);
-  AlignedBuffer<T> sums(kPoints * size), inputs(kPoints * input_stride), gradients(kPoints * grad_stride);
+  // An item of work is a part of the tiles, one of four planes of points, and some panels of output channels. Parts and
+  // chunks depend on the problem alone, so that results do not depend on the threads.
+  constexpr int64_t kPartBytes = int64_t(16) << 20, kChunkBytes = int64_t(512) << 10;
+  const int64_t bytes = static_cast<int64_t>(sizeof(T)), size = in_channels * padded;
+  const int64_t most = std::clamp<int64_t>(kPartBytes / (kPoints * size * bytes), 1, 16);
+  const int64_t parts = std::clamp<int64_t>(tiles.total / 512, 1, most);
+  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / (16 * bytes * (in_channels + padded)), 32, 128);
+  const int64_t pieces = std::clamp<int64_t>((4 * threads + 4 * parts - 1) / (4 * parts), 1, panels);
+  const int64_t row_groups = (in_channels + REGISTER_ROWS - 1) / REGISTER_ROWS;
+  const int64_t input_stride = spread(chunk * in_channels);
+  AlignedBuffer<T> sums(parts * kPoints * size);
   std::vector<int64_t> source(chunk);
   std::vector<int32_t> target(chunk);
   for (int64_t i = 0; i < chunk; ++i) source[i] = target[i] = static_cast<int32_t>(i);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int point = 0; point < kPoints; ++point) std::fill_n(sums.data + point * size, size, T(0));
-    for (int64_t first = 0; first < tiles.total; first += chunk) {
-      const int64_t count = std::min(chunk, tiles.total - first);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; ++i) {
-        int64_t voxels[kPoints];
-        tiles.inputs(first + i, voxels);
-        transform_inputs(voxels, x, in_channels, in_channels, inputs.data + i * in_channels, input_stride);
-        tiles.outputs(first + i, voxels);
-        transform_gradients(window, voxels, grad, out_channels, padded, gradients.data + i * padded, grad_stride);
-      }
-#pragma omp for collapse(2) schedule(dynamic)
-      for (int point = 0; point < kPoints; ++point) {
-        for (int64_t p = 0; p < panels; ++p) {
-          T* total = sums.data + point * size + p * in_channels * panel;
-          for (int64_t r = 0; r < row_groups; ++r) {
-            const int64_t begin = in_channels * r / row_groups, end = in_channels * (r + 1) / row_groups;
-            correlate_rows<T, REGISTER_ROWS>(end - begin, count, inputs.data + point * input_stride + begin,
-                                             in_channels, source.data(), gradients.data + point * grad_stride + p * panel,
-                                             padded, target.data(), total + begin * panel);
+    AlignedBuffer<T> inputs(16 * input_stride), gradients(16 * spread(chunk * padded));
+#pragma omp for collapse(3) schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int plane = 0; plane < 4; ++plane) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t p_begin = panels * piece / pieces, p_end = panels * (piece + 1) / pieces;
+          const int64_t wide = (p_end - p_begin) * panel, grad_stride = spread(chunk * wide);
+          T* total = sums.data + (part * kPoints + plane * 16) * size;
+          for (int i = 0; i < 16; ++i) {
+            std::fill_n(total + i * size + p_begin * in_channels * panel, wide * in_channels, T(0));
+          }
+          const int64_t last = tiles.total * (part + 1) / parts;
+          for (int64_t first = tiles.total * part / parts; first < last; first += chunk) {
+            const int64_t count = std::min(chunk, last - first);
+            for (int64_t i = 0; i < count; ++i) {
+              int64_t voxels[kPoints];
+              tiles.inputs(first + i, voxels);
+              transform_inputs_plane(voxels, plane, x, in_channels, inputs.data + i * in_channels, input_stride);
+              tiles.outputs(first + i, voxels);
+              transform_gradients_plane(window, voxels, plane, grad, out_channels, p_begin * panel, p_end * panel,
+                                        gradients.data + i * wide, grad_stride);
+            }
+            for (int i = 0; i < 16; ++i) {
+              for (int64_t p = p_begin; p < p_end; ++p) {
+                T* sum = total + i * size + p * in_channels * panel;
+                const T* g = gradients.data + i * grad_stride + (p - p_begin) * panel;
+                for (int64_t r = 0; r < row_groups; ++r) {
+                  const int64_t begin = in_channels * r / row_groups, end = in_channels * (r + 1) / row_groups;
+                  correlate_rows<T, REGISTER_ROWS>(end - begin, count, inputs.data + i * input_stride + begin,
+                                                   in_channels, source.data(), g, wide, target.data(),
+                                                   sum + begin * panel);
+                }
+              }
+            }
           }
         }
       }
@@ -382,7 +433,11 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
         for (int64_t half = 0; half < panel; half += lanes) {
           V t[kPoints], a[48], b[36], g[27];
           alignas(64) T lines[27 * lanes];
-          for (int i = 0; i < kPoints; ++i) t[i] = load(sums.data + i * size + (p * in_channels + k) * panel + half);
+          for (int i = 0; i < kPoints; ++i) {
+            const T* sum = sums.data + i * size + (p * in_channels + k) * panel + half;
+            t[i] = load(sum);
+            for (int64_t part = 1; part < parts; ++part) t[i] += load(sum + part * kPoints * size);
+          }
           for (int yx = 0; yx < 16; ++yx) gather_weight_axis(t + yx, 16, a + yx, 16);  // [3, 4, 4]
           for (int z = 0; z < 3; ++z) {
             for (int x_ = 0; x_ < 4; ++x_) gather_weight_axis(a + z * 16 + x_, 4, b + z * 12 + x_, 4);  // [3, 3, 4]

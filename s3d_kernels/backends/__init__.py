@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from .interface import (
     Backend,
     BlockGeometry,
@@ -32,6 +34,7 @@ __all__ = [
     "UnsupportedProblem",
     "WindowGeometry",
     "choose",
+    "computes_natively",
     "current_backend",
     "explain",
     "register",
@@ -122,6 +125,12 @@ def choose(name: str, problem: Problem) -> Backend:
         _chosen[problem] = able[0]
         _log.debug("auto: %s computes %s", able[0], problem)
     return REGISTRY[_chosen[problem]]
+
+
+def computes_natively(x: Tensor) -> bool:
+    """Whether blocks of the device and dtype of ``x`` would be computed by the backend "native" now."""
+    problem = BlocksProblem(x.device.type, x.dtype, x.shape[1], (1, 1, 1), partial=False)
+    return _current_backend in ("auto", "native") and REGISTRY["native"].why_not(problem) is None
 
 
 def explain(problem: Problem) -> dict[str, str | None]:

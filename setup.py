@@ -8,6 +8,7 @@ adds flags.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -42,6 +43,14 @@ def compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
+def hash_of_sources() -> str:
+    """What `s3d_kernels.backends.native` compares where it runs beside the sources."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".inl", ".cc") and "tests" not in p.parts):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def accepts(cxx: list[str], flags: list[str]) -> bool:
     """Whether a small program compiles and links with these flags."""
     with tempfile.TemporaryDirectory() as folder:
@@ -57,12 +66,20 @@ class BuildLibrary(build_ext):
     def run(self) -> None:
         wish = os.environ.get("S3D_NATIVE", "")
         missing = "S3D_NATIVE=0" if wish == "0" else None if compiler() else "no C++ compiler: c++, g++, clang++ or CXX"
-        if missing and wish == "1":
-            raise RuntimeError(f"S3D_NATIVE=1, but there is {missing}")
-        if missing:
-            self.announce(f"without the native CPU library ({missing}); the torch backend computes", level=4)
-            self.extensions = []
-        super().run()
+        if not missing:
+            try:
+                super().run()
+                return
+            except (OSError, subprocess.CalledProcessError) as error:
+                missing = f"the compiler failed: {error}"
+        if wish == "1":
+            raise RuntimeError(f"S3D_NATIVE=1, but {missing}")
+        self.announce(f"without the native CPU library ({missing}); the torch backend computes", level=4)
+        for ext in self.extensions:  # one of an earlier build must not pass for this one
+            for path in (self.get_ext_fullpath(ext.name), Path(self.build_lib) / self.get_ext_filename(ext.name)):
+                Path(path).unlink(missing_ok=True)
+        self.distribution.ext_modules = []
+        self.extensions = []
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -76,6 +93,7 @@ class BuildLibrary(build_ext):
         cxx = compiler()
         assert cxx is not None
         flags = [*FLAGS, *(f"-I{path}" for path in tvm_ffi.libinfo.include_paths())]
+        flags.append(f'-DS3D_SOURCES="{hash_of_sources()}"')
         flags += [f"-I{CSRC}", f"-I{CSRC / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         openmp = ["-fopenmp"] if accepts(cxx, ["-fopenmp"]) else []
         if not openmp:
@@ -103,7 +121,7 @@ class AnyPython(bdist_wheel):
     """The library does not depend on the version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", super().get_tag()[2] if self.distribution.ext_modules else "any"
 
 
 setup(

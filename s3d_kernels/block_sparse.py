@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,24 +43,33 @@ class BlockSparseTensor:
         self._pending: PendingNorm | None = None
         self._recipe: Recipe | None = None
         self._recipe_version = 0
+        self._kept = False  # whether backward needs the features as they are
+        self._waiting: list[weakref.ref[BlockSparseTensor]] = []  # results that still have to read these features
+        self._operands: tuple[BlockSparseTensor, ...] = ()  # what this waits for
         self.mask = mask
 
     @classmethod
-    def of_norm(cls, norm: PendingNorm, mask: BlockMask) -> BlockSparseTensor:
+    def of_norm(cls, norm: PendingNorm, mask: BlockMask, *operands: BlockSparseTensor) -> BlockSparseTensor:
         """The result of a normalisation, computed when it is first asked for.
 
-        A residual that is added before, and a LeakyReLU or ReLU, then join it in one operator. Weight and bias must not
-        be modified in between.
+        A residual that is added before, and a LeakyReLU or ReLU, then join it in one operator. It is computed before
+        one of ``operands`` is modified in place by a function on this class; other modifications raise.
         """
         x = cls(norm.x, mask)
         x._blocks, x._pending = None, norm
+        x._wait_for(operands)
         return x
+
+    def _wait_for(self, operands: tuple[BlockSparseTensor, ...]) -> None:
+        self._operands += operands
+        for operand in operands:
+            operand._waiting = [ref for ref in operand._waiting if ref() is not None]
+            operand._waiting.append(weakref.ref(self))
 
     @property
     def blocks(self) -> Tensor:
         """Features [V, bd, bh, bw, C]."""
         if self._blocks is None:
-            assert self._pending is not None
             self._finish(1.0)
         assert self._blocks is not None
         return self._blocks
@@ -67,16 +77,34 @@ class BlockSparseTensor:
     @property
     def recipe(self) -> Recipe | None:
         """How to compute the features again, where an earlier layer keeps all that it takes."""
-        if self._recipe is None or self.blocks._version != self._recipe_version:
-            return None  # they were modified in place since
-        return self._recipe
+        if self._recipe is None or torch.compiler.is_compiling():
+            return None
+        unchanged = self.blocks._version == self._recipe_version and self._recipe.holds
+        return self._recipe if unchanged else None
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the shape, dtype and device of the features, without computing them."""
+        return self.blocks if self._pending is None else self._pending.x
 
     def _finish(self, slope: float) -> None:
         assert self._pending is not None
-        self._blocks, self._recipe = self._pending.compute(slope)
+        norm = self._pending
+        self._blocks, self._recipe = norm.compute(slope)
         if self._recipe is not None:
             self._recipe_version = self._blocks._version
-        self._pending = None
+        self._kept = norm.residual is not None and slope != 1.0 and self._blocks.requires_grad
+        self._pending, self._operands = None, ()
+
+    def _before_modification(self) -> None:
+        """Let results that wait for these features read them, and leave what backward keeps alone."""
+        for ref in self._waiting:
+            result = ref()
+            if result is not None and result._pending is not None:
+                result._finish(1.0)
+        self._waiting = []
+        if self._kept:
+            self._blocks, self._kept = self.blocks.clone(), False
 
     @classmethod
     def from_dense(cls, x: Tensor, mask: BlockMask, backend: str | None = None) -> BlockSparseTensor:
@@ -121,7 +149,7 @@ class BlockSparseTensor:
     @property
     def shape(self) -> torch.Size:
         """Shape (N, C, D, H, W) of the dense tensor that this stands for."""
-        return torch.Size((self.mask.batch, self.blocks.shape[-1], *self.mask.shape))
+        return torch.Size((self.mask.batch, self._like.shape[-1], *self.mask.shape))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
@@ -135,18 +163,18 @@ class BlockSparseTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.blocks.dtype
+        return self._like.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.blocks.device
+        return self._like.device
 
     @property
     def requires_grad(self) -> bool:
         return self.blocks.requires_grad
 
     def is_floating_point(self) -> bool:
-        return self.blocks.is_floating_point()
+        return self._like.is_floating_point()
 
     def to(self, *args: Any, **kwargs: Any) -> BlockSparseTensor:
         """As Tensor.to: another dtype or device, for features and mask."""
@@ -189,9 +217,7 @@ class BlockSparseTensor:
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LEAKY and (fused := _fused_activation(*args, **kwargs)) is not None:
-            return fused
-        if func in _RELU and (fused := _fused_activation(args[0], 0.0, *args[1:], **kwargs)) is not None:
+        if func in _ACTIVATIONS and (fused := _ACTIVATIONS[func](*args, **kwargs)) is not None:
             return fused
         if func in _ELEMENTWISE:
             return _elementwise(func, args, kwargs)
@@ -255,6 +281,7 @@ class BlockSparseTensor:
         if fused is not None:
             # Other names of this tensor see the sum, as with a dense one.
             self._pending = fused._pending
+            self._wait_for((other,))
             return self
         return _elementwise(operator.iadd, (self, other), {})
 
@@ -284,8 +311,10 @@ _ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(
     for name in _FUNCTION_NAMES
     if (function := getattr(module, name, None)) is not None
 )
-_LEAKY = frozenset({F.leaky_relu, F.leaky_relu_})
-_RELU = frozenset({F.relu, torch.relu})
+_IN_PLACE: frozenset[Callable[..., Any]] = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+    | {function for function in _ELEMENTWISE if function.__name__.endswith("_")}
+)
 _CONCATENATE = frozenset({torch.cat, torch.concat, torch.concatenate})
 _CHANNEL_DROPOUT = frozenset({F.dropout3d, torch.feature_dropout})
 # x.relu(), x.add(y) ...: only those that torch has as methods too.
@@ -308,18 +337,21 @@ def block_geometry(mask: BlockMask) -> BlockGeometry:
 
 def _fused_addition(x: Any, other: Any) -> BlockSparseTensor | None:
     """x + other as one more part of the normalisation that x waits for, or None if it does not."""
-    norm = x._pending if isinstance(x, BlockSparseTensor) else None
-    if norm is None or norm.residual is not None or not isinstance(other, BlockSparseTensor):
+    if not isinstance(x, BlockSparseTensor) or not isinstance(other, BlockSparseTensor) or x._pending is None:
         return None
-    if not x.mask.same_layout(other.mask) or not norm.can_add(other.blocks):
+    if not x.mask.same_layout(other.mask):
         return None
-    # Finished by `other.blocks` if both are the same.
-    return BlockSparseTensor.of_norm(norm.plus(other.blocks), x.mask) if x._pending is not None else None
+    residual = other.blocks  # which finishes x, if both are the same
+    norm = None if x._pending is None else x._pending.plus(residual)
+    return None if norm is None else BlockSparseTensor.of_norm(norm, x.mask, other, *x._operands)
 
 
-def _fused_activation(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> BlockSparseTensor | None:
-    """LeakyReLU as one more part of the normalisation that x waits for, or None if it does not."""
+def _fused_leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> BlockSparseTensor | None:
+    """LeakyReLU as one more part of the normalisation that the input waits for, or None if it does not."""
+    x = input
     if not isinstance(x, BlockSparseTensor) or x._pending is None or negative_slope < 0:
+        return None
+    if x._pending.grad_mode != torch.is_grad_enabled():
         return None
     if inplace:
         x._finish(negative_slope)
@@ -327,6 +359,17 @@ def _fused_activation(x: Any, negative_slope: float = 0.01, inplace: bool = Fals
     result = BlockSparseTensor.of_norm(x._pending, x.mask)
     result._finish(negative_slope)
     return result
+
+
+def _fused_relu(input: Any, inplace: bool = False) -> BlockSparseTensor | None:
+    return _fused_leaky_relu(input, 0.0, inplace)
+
+
+_ACTIVATIONS: dict[Callable[..., Any], Callable[..., BlockSparseTensor | None]] = {
+    F.leaky_relu: _fused_leaky_relu,
+    F.relu: _fused_relu,
+    torch.relu: _fused_relu,
+}
 
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockSparseTensor:
@@ -340,6 +383,8 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
                 f"got {mask} and {other}"
             )
     operands = [*args, *kwargs.values()]
+    if _modifies(func, kwargs) and isinstance(operands[0], BlockSparseTensor):
+        operands[0]._before_modification()
     # Per-channel operands meet every stored voxel: their gradients would sum over masked ones too.
     broadcast = any(isinstance(o, Tensor) and o.dim() > 0 for o in operands)
     cut = mask.voxels[..., None] if broadcast and mask.voxels is not None else None
@@ -349,6 +394,11 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         **{name: _as_blocks(a, mask, channels, cut) for name, a in kwargs.items()},
     )
     return BlockSparseTensor(result, mask)
+
+
+def _modifies(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function writes to its first operand. Nothing waits or is kept in a compiled graph."""
+    return not torch.compiler.is_compiling() and (func in _IN_PLACE or bool(kwargs.get("inplace")))
 
 
 def _as_blocks(value: Any, mask: BlockMask, channels: int, cut: Tensor | None) -> Any:

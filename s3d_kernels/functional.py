@@ -212,7 +212,8 @@ def sparse_batch_norm(
     channels = x.blocks.shape[-1]
     if not training and running_mean is not None and running_var is not None:
         dtype = _statistics_dtype(x)
-        mean = running_mean.to(dtype).expand(x.mask.batch, channels)
+        # A copy: the running statistics may change before the result is asked for.
+        mean = running_mean.to(dtype).repeat(x.mask.batch, 1)
         variance = running_var.to(dtype).expand(x.mask.batch, channels)
         return _normalize(x, weight, bias, mean, variance, eps, torch.ones_like(mean), "nothing", 1, False, backend)
     mean, squares, count = channel_statistics(x, backend)
@@ -292,7 +293,9 @@ def _normalize(
         block_geometry(x.mask),
         (over, groups, synchronise, backend or current_backend()),
     )
-    return BlockSparseTensor.of_norm(norm, x.mask)
+    if not PendingNorm.may_wait(x.blocks):
+        return x.with_blocks(norm.compute(1.0)[0])
+    return BlockSparseTensor.of_norm(norm.waiting(), x.mask, x)
 
 
 def _check_vector(name: str, vector: Tensor | None, channels: int) -> None:

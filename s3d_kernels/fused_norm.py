@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +24,12 @@ class Recipe:
     scale: Tensor  # [N, C]
     shift: Tensor  # [N, C]
     slope: float
+    version: int  # of x when the features were computed
+
+    @property
+    def holds(self) -> bool:
+        """Whether x is what it was."""
+        return self.x._version == self.version
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class PendingNorm:
         geometry: where the rows lie.
         shared: over, groups, synchronise and backend, as ``operators.normalize`` takes them.
         residual: features [V, bd, bh, bw, C] that are added to the result, or None.
+        grad_mode: whether gradients were recorded when the norm was called.
+        versions: of x, weight, bias and residual at their calls.
     """
 
     x: Tensor
@@ -52,42 +59,67 @@ class PendingNorm:
     geometry: BlockGeometry
     shared: tuple[str, int, bool, str]
     residual: Tensor | None = None
+    grad_mode: bool = field(default_factory=torch.is_grad_enabled)
+    versions: tuple[int | None, ...] = ()
 
-    def plus(self, residual: Tensor) -> PendingNorm:
-        """The same with features to add. There must be none yet."""
-        return replace(self, residual=residual)
+    @staticmethod
+    def may_wait(x: Tensor) -> bool:
+        """Not in a compiled graph or in inference mode, where nobody could tell if an operand was modified since."""
+        return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled() and not x.is_inference()
 
-    def can_add(self, other: Any) -> bool:
-        """Whether :meth:`plus` gives what an addition afterwards would: same shape and dtype, nothing added yet."""
-        return (
-            self.residual is None
-            and isinstance(other, Tensor)
-            and other.shape == self.x.shape
-            and other.dtype == self.x.dtype
-        )
+    def waiting(self) -> PendingNorm:
+        """The same, knowing the present versions of its operands."""
+        return replace(self, versions=self._versions())
+
+    def plus(self, residual: Tensor) -> PendingNorm | None:
+        """The same with features to add, or None if an addition afterwards would give something else."""
+        fits = residual.shape == self.x.shape and residual.dtype == self.x.dtype and not residual.is_inference()
+        if self.residual is not None or not fits or self.grad_mode != torch.is_grad_enabled():
+            return None
+        self._check()
+        return replace(self, residual=residual).waiting()
 
     def compute(self, slope: float) -> tuple[Tensor, Recipe | None]:
-        """The features after LeakyReLU (slope 1: none), and their recipe where x suffices to compute them again."""
+        """The features after LeakyReLU (slope 1: none), and their recipe where x suffices to compute them again.
+
+        Raises:
+            RuntimeError: an operand was modified in place since the norm was called.
+        """
+        if self.versions:
+            self._check()
         g = self.geometry
-        y = operators.normalize(
-            self.x,
-            self.weight,
-            self.bias,
-            self.residual,
-            self.mean,
-            self.rstd,
-            self.count,
-            g.index,
-            g.voxels,
-            g.sample_offsets,
-            g.sizes(),
-            slope,
-            *self.shared,
-        )
-        # A compiled graph cannot see whether the features are modified in place later, and keeps them.
-        differentiable = torch.is_grad_enabled() and self.x.requires_grad
-        if self.residual is not None or not differentiable or torch.compiler.is_compiling():
+        with torch.set_grad_enabled(self.grad_mode):
+            y = operators.normalize(
+                self.x,
+                self.weight,
+                self.bias,
+                self.residual,
+                self.mean,
+                self.rstd,
+                self.count,
+                g.index,
+                g.voxels,
+                g.sample_offsets,
+                g.sizes(),
+                slope,
+                *self.shared,
+            )
+        if self.residual is not None or not self.versions or not (self.grad_mode and self.x.requires_grad):
             return y, None
         with torch.no_grad():
             scale, shift = affine_tables(self.weight, self.bias, self.mean, self.rstd)
-        return y, Recipe(self.x, self.mean, scale, shift, slope)
+        return y, Recipe(self.x, self.mean, scale, shift, slope, self.x._version)
+
+    def _operands(self) -> dict[str, Tensor | None]:
+        return {"input": self.x, "weight": self.weight, "bias": self.bias, "residual": self.residual}
+
+    def _versions(self) -> tuple[int | None, ...]:
+        return tuple(None if t is None or t.is_inference() else t._version for t in self._operands().values())
+
+    def _check(self) -> None:
+        for (name, _), then, now in zip(self._operands().items(), self.versions, self._versions(), strict=True):
+            if then != now:
+                raise RuntimeError(
+                    f"the {name} of a normalisation was modified in place before its result was used; "
+                    "ask for the result first (y.blocks), or modify a copy"
+                )

@@ -89,7 +89,7 @@ bool is<int32_t>(const TensorView& t) {
 }
 template <>
 bool is<uint8_t>(const TensorView& t) {
-  return has_type(t, kDLUInt, 8) || has_type(t, kDLBool, 8);
+  return has_type(t, kDLUInt, 8);
 }
 
 // The data of a contiguous CPU tensor of this element type and shape.
@@ -310,14 +310,15 @@ void conv3d_grad_weight(TensorView grad, TensorView x, MaybeTensor source_voxels
 }
 
 const int32_t* checked_index(const TensorView& index, int64_t rows, int64_t batch, const Triple& grid) {
-  const int32_t* at = data<int32_t>(index, "index", {rows, 4});
-  for (int64_t i = 0; i < rows; ++i, at += 4) {
+  const int32_t* all = data<int32_t>(index, "index", {rows, 4});
+  for (int64_t i = 0; i < rows; ++i) {
+    const int32_t* at = all + i * 4;
     if (at[0] < 0 || at[0] >= batch || at[1] < 0 || at[1] >= grid.d || at[2] < 0 || at[2] >= grid.h || at[3] < 0 ||
         at[3] >= grid.w) {
       TVM_FFI_THROW(IndexError) << "index row " << i << " lies outside the grid";
     }
   }
-  return data<int32_t>(index, "index", {rows, 4});
+  return all;
 }
 
 Triple grid_of(const Triple& shape, const Triple& block) {
@@ -576,6 +577,9 @@ void use_method(int64_t number) {
   method() = number;
 }
 
+// Of the files that this was compiled from, see setup.py.
+String sources() { return S3D_SOURCES; }
+
 bool has_threads() {
 #ifdef _OPENMP
   return true;
@@ -599,6 +603,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, instruction_sets);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, instruction_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_instruction_set, use_instruction_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_method, use_method);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sources, sources);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_threads, has_threads);
 
 }  // namespace

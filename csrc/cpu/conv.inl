@@ -81,8 +81,24 @@ struct AlignedBuffer {
   T* data;
 };
 
-// The pairs of one tile, tap by tap.
+inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// A buffer for every thread, allocated before they start: an exception must not leave a parallel region.
 template <typename T>
+struct BufferPerThread {
+  BufferPerThread(int threads, int64_t size) : size((size + 15) / 16 * 16 + 16), all(threads * this->size) {}
+  T* mine() const { return all.data + thread_number() * size; }
+  int64_t size;
+  AlignedBuffer<T> all;
+};
+
+// The pairs of one tile, tap by tap.
 class Pairs {
  public:
   Pairs(const Window& window, const Locator& locator, int64_t capacity)
@@ -224,9 +240,10 @@ void conv3d_depthwise(const Window& window, const T* gathered, const T* weight, 
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t tap = 0; tap < taps; ++tap) by_tap[tap * channels + c] = weight[c * taps + tap];
   }
+  std::vector<Pairs> all_pairs(threads, Pairs(window, locator, tile * width));
 #pragma omp parallel num_threads(threads)
   {
-    Pairs<T> pairs(window, locator, tile * width);
+    Pairs& pairs = all_pairs[thread_number()];
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = t * tile, last = std::min(rows, first + tile);
@@ -269,15 +286,18 @@ void conv3d(const Window& window, const T* gathered, const T* weight, const T* b
   const int64_t per_item = std::clamp<int64_t>(panels * tiles / wanted, 1, panels);
   const int64_t pieces = (panels + per_item - 1) / per_item;
   AlignedBuffer<T> packed(taps * panels * depth * panel);
+  const BufferPerThread<T> all_accumulators(threads, tile * width * panel);
+  std::vector<Pairs> all_pairs(threads, Pairs(window, locator, taps * tile * width));
+  std::vector<int64_t> all_begins(threads * (taps + 1));
   for (int64_t group = 0; group < groups; ++group) {
     pack_weights(weight + group * out_group * in_group * taps, window.transposed, taps, in_group, out_group,
                  packed.data, threads);
     const T* x = gathered + group * depth;
 #pragma omp parallel num_threads(threads)
     {
-      Pairs<T> pairs(window, locator, taps * tile * width);
-      std::vector<int64_t> begin(taps + 1);
-      AlignedBuffer<T> accumulators(tile * width * panel);
+      Pairs& pairs = all_pairs[thread_number()];
+      int64_t* begin = all_begins.data() + thread_number() * (taps + 1);
+      T* sums = all_accumulators.mine();
       int64_t listed = -1;
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t t = 0; t < tiles; ++t) {
@@ -289,7 +309,6 @@ void conv3d(const Window& window, const T* gathered, const T* weight, const T* b
           }
           for (int64_t p = piece * per_item; p < std::min(panels, (piece + 1) * per_item); ++p) {
             const int64_t filled = std::min(panel, wide - p * panel), channel = group * wide + p * panel;
-            T* sums = accumulators.data;
             for (int64_t v = 0; v < voxels; ++v) {
               for (int64_t j = 0; j < panel; ++j) sums[v * panel + j] = bias != nullptr && j < filled ? bias[channel + j] : 0;
             }
@@ -360,16 +379,18 @@ void conv3d_grad_weight_depthwise(const Window& window, const T* grad, const T* 
   const int64_t width = window.written_block.w, taps = window.taps();
   const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
   const int64_t tile = rows_per_tile(window);
+  std::vector<Pairs> all_pairs(threads, Pairs(window, locator, tile * width));
+  const BufferPerThread<T> all_sums(threads, channels), all_parts(threads, channels);
 #pragma omp parallel num_threads(threads)
   {
-    Pairs<T> pairs(window, locator, tile * width);
-    std::vector<T> sums(channels), part(channels);
+    Pairs& pairs = all_pairs[thread_number()];
+    T *sums = all_sums.mine(), *part = all_parts.mine();
 #pragma omp for schedule(dynamic)
     for (int64_t tap = 0; tap < taps; ++tap) {
-      std::fill(sums.begin(), sums.end(), T(0));
+      std::fill_n(sums, channels, T(0));
       for (int64_t first = 0; first < rows; first += tile) {
         const int64_t count = pairs.list(tap, first, std::min(rows, first + tile), 0);
-        std::fill(part.begin(), part.end(), T(0));  // tile by tile, so that rounding does not grow with the volume
+        std::fill_n(part, channels, T(0));  // tile by tile, so that rounding does not grow with the volume
         for (int64_t i = 0; i < count; ++i) {
           const T* from = x + pairs.source[i] * channels;
           const T* g = grad + (first * width + pairs.target[i]) * channels;
@@ -395,7 +416,7 @@ void conv3d_grad_weight_small(const Window& window, const T* grad, const T* x, T
   const int64_t row_groups = (in_group + REGISTER_ROWS - 1) / REGISTER_ROWS;
   const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
   const int64_t tile = rows_per_tile(window), tiles = (rows + tile - 1) / tile;
-  Pairs<T> pairs(window, locator, taps * rows * width);
+  Pairs pairs(window, locator, taps * rows * width);
   std::vector<int64_t> begin(tiles * taps + 1);
   for (int64_t t = 0, end = 0; t < tiles; ++t) {
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -403,16 +424,17 @@ void conv3d_grad_weight_small(const Window& window, const T* grad, const T* x, T
       begin[t * taps + tap + 1] = end;
     }
   }
+  const BufferPerThread<T> all_sums(threads, taps * REGISTER_ROWS * panel), all_rests(threads, tile * width * panel);
 #pragma omp parallel num_threads(threads)
   {
-    AlignedBuffer<T> sums(taps * REGISTER_ROWS * panel), rest(tile * width * panel);
+    T *sums = all_sums.mine(), *rest = all_rests.mine();
 #pragma omp for collapse(3) schedule(dynamic)
     for (int64_t group = 0; group < groups; ++group) {
       for (int64_t p = 0; p < panels; ++p) {
         for (int64_t r = 0; r < row_groups; ++r) {
           const int64_t first = in_group * r / row_groups, count = in_group * (r + 1) / row_groups - first;
           const int64_t filled = std::min(panel, out_group - p * panel);
-          std::fill_n(sums.data, taps * REGISTER_ROWS * panel, T(0));
+          std::fill_n(sums, taps * REGISTER_ROWS * panel, T(0));
           for (int64_t t = 0; t < tiles; ++t) {
             const T* g = grad + t * tile * width * out_channels + group * out_group + p * panel;
             int64_t stride = out_channels;
@@ -420,10 +442,10 @@ void conv3d_grad_weight_small(const Window& window, const T* grad, const T* x, T
               // Vectors must not reach beyond the last channel.
               const int64_t voxels = std::min(tile, rows - t * tile) * width;
               for (int64_t v = 0; v < voxels; ++v) {
-                std::fill_n(rest.data + v * panel, panel, T(0));
-                std::copy_n(g + v * stride, filled, rest.data + v * panel);
+                std::fill_n(rest + v * panel, panel, T(0));
+                std::copy_n(g + v * stride, filled, rest + v * panel);
               }
-              g = rest.data;
+              g = rest;
               stride = panel;
             }
             for (int64_t tap = 0; tap < taps; ++tap) {
@@ -431,14 +453,14 @@ void conv3d_grad_weight_small(const Window& window, const T* grad, const T* x, T
               if (pairs_of_tap == 0) continue;
               correlate_rows<T, REGISTER_ROWS>(count, pairs_of_tap, x + group * in_group + first, in_channels,
                                                pairs.source.data() + from, g, stride, pairs.target.data() + from,
-                                               sums.data + tap * REGISTER_ROWS * panel);
+                                               sums + tap * REGISTER_ROWS * panel);
             }
           }
           for (int64_t j = 0; j < filled; ++j) {
             T* out = grad_weight + ((group * out_group + p * panel + j) * in_group + first) * taps;
             for (int64_t m = 0; m < count; ++m) {
               for (int64_t tap = 0; tap < taps; ++tap) {
-                out[m * taps + tap] = sums.data[(tap * REGISTER_ROWS + m) * panel + j];
+                out[m * taps + tap] = sums[(tap * REGISTER_ROWS + m) * panel + j];
               }
             }
           }
@@ -476,11 +498,13 @@ void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad
   AlignedBuffer<T> sums(parts * size);
   // A last panel that is not full is read from a copy with zeros beside it.
   const int64_t full = out_group / panel;
+  std::vector<Pairs> all_pairs(threads, Pairs(window, locator, tile * width));
+  const BufferPerThread<T> all_rests(threads, tile * width * panel);
   for (int64_t group = 0; group < groups; ++group) {
 #pragma omp parallel num_threads(threads)
     {
-      Pairs<T> pairs(window, locator, tile * width);
-      AlignedBuffer<T> rest(tile * width * panel);
+      Pairs& pairs = all_pairs[thread_number()];
+      T* rest = all_rests.mine();
 #pragma omp for collapse(3) schedule(dynamic)
       for (int64_t part = 0; part < parts; ++part) {
         for (int64_t tap_piece = 0; tap_piece < tap_pieces; ++tap_piece) {
@@ -497,7 +521,7 @@ void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad
               const T* tile_grad = grad + first * width * out_channels + group * out_group;
               if (p_end > full) {
                 for (int64_t v = 0; v < (last - first) * width; ++v) {
-                  T* line = rest.data + v * panel;
+                  T* line = rest + v * panel;
                   std::fill_n(line, panel, T(0));
                   std::copy_n(tile_grad + v * out_channels + full * panel, out_group - full * panel, line);
                 }
@@ -506,7 +530,7 @@ void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad
                 const int64_t count = pairs.list(tap, first, last, 0);
                 if (count == 0) continue;
                 for (int64_t p = p_begin; p < p_end; ++p) {
-                  const T* g = p < full ? tile_grad + p * panel : rest.data;
+                  const T* g = p < full ? tile_grad + p * panel : rest;
                   const int64_t g_stride = p < full ? out_channels : panel;
                   T* target = total + (tap * panels + p) * in_group * panel;
                   for (int64_t r = 0; r < row_groups; ++r) {

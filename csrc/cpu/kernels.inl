@@ -1,5 +1,9 @@
 // One instruction set: define S3D_SET (its name, also the function that returns it), VECTOR_BYTES, REGISTER_ROWS (rows
 // of two vectors that fit in the registers beside their operands) and S3D_SUPPORTED, then include this.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <algorithm>
 #include <new>
 #include <vector>
@@ -15,8 +19,6 @@ namespace {
 #include "cpu/winograd.inl"
 #include "cpu/norm.inl"
 
-bool applies(const Window& window) { return winograd_applies(window); }
-
 bool supported() { return S3D_SUPPORTED; }
 }  // namespace
 
@@ -24,7 +26,7 @@ const InstructionSet& S3D_SET() {
   static const InstructionSet set = {
       S3D_TEXT(S3D_SET),
       supported,
-      applies,
+      winograd_applies,
       {conv3d<float>, conv3d_winograd<float>, conv3d_grad_weight<float>,
        conv3d_grad_weight_winograd<float>},
       {conv3d<double>, conv3d_winograd<double>, conv3d_grad_weight<double>,

@@ -17,6 +17,18 @@ inline std::vector<Piece> pieces(const Rows& rows, int64_t channels) {
   return result;
 }
 
+// slope 0 is ReLU: a zero for -inf too, and NaN stays NaN.
+template <typename T>
+inline T leaky(T value, T slope) {
+  const T below = slope == 0 ? T(0) : slope * value;
+  return value < 0 ? below : value;
+}
+template <typename T>
+inline T leaky_grad(T value, T grad, T slope) {
+  const T below = slope == 0 ? T(0) : slope * grad;
+  return value > 0 ? grad : below;
+}
+
 inline bool visible(const Rows& rows, int64_t voxel) { return rows.voxels == nullptr || rows.voxels[voxel]; }
 
 template <typename T>
@@ -25,11 +37,12 @@ void norm_statistics(const Rows& rows, const T* x, T* mean, T* squares, int64_t 
   const int64_t number = static_cast<int64_t>(all.size());
   std::vector<T> means(number * channels), spreads(number * channels);
   std::vector<int64_t> counts(number);
+  std::vector<T> leftover(threads * channels);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> rest(channels);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < number; ++i) {
+      T* r = leftover.data() + thread_number() * channels;
       T* m = means.data() + i * channels;
       T* s = spreads.data() + i * channels;
       int64_t count = 0;
@@ -42,8 +55,7 @@ void norm_statistics(const Rows& rows, const T* x, T* mean, T* squares, int64_t 
       counts[i] = count;
       if (count == 0) continue;
       for (int64_t c = 0; c < channels; ++c) m[c] /= count;
-      std::fill(rest.begin(), rest.end(), T(0));
-      T* r = rest.data();
+      std::fill_n(r, channels, T(0));
       for (int64_t v = all[i].first; v < all[i].last; ++v) {
         if (!visible(rows, v)) continue;
 #pragma omp simd
@@ -97,14 +109,14 @@ void norm_apply(const Rows& rows, const T* x, const T* mean, const T* scale, con
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) {
           const T value = (in[c] - m[c]) * a[c] + b[c];
-          out[c] = value > 0 ? value : slope * value;
+          out[c] = leaky(value, slope);
         }
       } else {
         const T* add = residual + v * channels;
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) {
           const T value = (in[c] - m[c]) * a[c] + b[c] + add[c];
-          out[c] = value > 0 ? value : slope * value;
+          out[c] = leaky(value, slope);
         }
       }
     }
@@ -139,7 +151,7 @@ void norm_grad_sums(const Rows& rows, const T* grad, const T* x, const T* y, con
         T* out = before + v * channels;
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) {
-          const T value = sign[c] > 0 ? g[c] : slope * g[c];
+          const T value = leaky_grad(sign[c], g[c], slope);
           out[c] = value;
           sum[c] += value;
           product[c] += value * ((in[c] - m[c]) * d[c]);
@@ -149,7 +161,7 @@ void norm_grad_sums(const Rows& rows, const T* grad, const T* x, const T* y, con
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) {
           const T centred = in[c] - m[c];
-          const T value = centred * a[c] + b[c] > 0 ? g[c] : slope * g[c];
+          const T value = leaky_grad(centred * a[c] + b[c], g[c], slope);
           out[c] = value;
           sum[c] += value;
           product[c] += value * (centred * d[c]);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "s3d/window.h"
@@ -143,19 +142,21 @@ void maximum(const Window& w, const Place& place, const T* in, T* out, int32_t* 
   for_each_voxel(w, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, bool visible) {
     T* to = out + voxel * channels;
     int32_t* winner = winners == nullptr ? nullptr : winners + voxel * channels;
-    std::fill_n(to, channels, visible ? -std::numeric_limits<T>::infinity() : T(0));
+    std::fill_n(to, channels, T(0));
     if (winner != nullptr) std::fill_n(winner, channels, -1);
     if (!visible) return;
     const Inside inside(w, place, row, z, y, x);
+    bool first = true;
     for_each_tap(w, locator, row, z, y, x, [&](int64_t tap, int64_t other) {
       if (!inside.has(w, tap)) return;
       for (int64_t c = 0; c < channels; ++c) {
         const T value = other < 0 ? T(0) : in[other * channels + c];
-        if (value > to[c] || value != value) {
+        if (first || value > to[c] || value != value) {
           to[c] = value;
           if (winner != nullptr) winner[c] = other < 0 ? -1 : static_cast<int32_t>(tap);
         }
       }
+      first = false;
     });
   });
 }

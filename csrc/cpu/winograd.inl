@@ -214,21 +214,22 @@ void conv3d_winograd(const Window& window, const T* gathered, const T* weight, c
   const int64_t even = (tiles.total / (4 * threads) + REGISTER_ROWS - 1) / REGISTER_ROWS * REGISTER_ROWS;
   const int64_t chunk = std::clamp<int64_t>(even, REGISTER_ROWS, kChunkTiles);
   const int64_t chunks = (tiles.total + chunk - 1) / chunk;
+  const int64_t input_stride = spread(chunk * depth), product_stride = spread(chunk * padded);
+  const BufferPerThread<T> all_inputs(threads, kPoints * input_stride), all_products(threads, kPoints * product_stride);
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t input_stride = spread(chunk * depth), product_stride = spread(chunk * padded);
-    AlignedBuffer<T> inputs(kPoints * input_stride), products(kPoints * product_stride);
+    T *inputs = all_inputs.mine(), *products = all_products.mine();
     int64_t voxels[kPoints];
 #pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < chunks; ++part) {
       const int64_t first = part * chunk, count = std::min(chunk, tiles.total - first);
       for (int64_t i = 0; i < count; ++i) {
         tiles.inputs(first + i, voxels);
-        transform_inputs(voxels, gathered, depth, depth, inputs.data + i * depth, input_stride);
+        transform_inputs(voxels, gathered, depth, depth, inputs + i * depth, input_stride);
       }
       for (int point = 0; point < kPoints; ++point) {
-        const T* x = inputs.data + point * input_stride;
-        T* y = products.data + point * product_stride;
+        const T* x = inputs + point * input_stride;
+        T* y = products + point * product_stride;
         for (int64_t p = 0; p < panels; ++p) {
           const T* weights = points.data + point * size + p * depth * panel;
           int64_t i = 0;
@@ -240,7 +241,7 @@ void conv3d_winograd(const Window& window, const T* gathered, const T* weight, c
       }
       for (int64_t i = 0; i < count; ++i) {
         tiles.outputs(first + i, voxels);
-        const T* products_of = products.data + i * padded;
+        const T* products_of = products + i * padded;
         for (int64_t c = 0; c < wide; c += lanes) {
           V a[32], y[8];
           for (int yx = 0; yx < 16; ++yx) {
@@ -387,9 +388,10 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
   std::vector<int64_t> source(chunk);
   std::vector<int32_t> target(chunk);
   for (int64_t i = 0; i < chunk; ++i) source[i] = target[i] = static_cast<int32_t>(i);
+  const BufferPerThread<T> all_inputs(threads, 16 * input_stride), all_gradients(threads, 16 * spread(chunk * padded));
 #pragma omp parallel num_threads(threads)
   {
-    AlignedBuffer<T> inputs(16 * input_stride), gradients(16 * spread(chunk * padded));
+    T *inputs = all_inputs.mine(), *gradients = all_gradients.mine();
 #pragma omp for collapse(3) schedule(dynamic)
     for (int64_t part = 0; part < parts; ++part) {
       for (int plane = 0; plane < 4; ++plane) {
@@ -406,18 +408,18 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
             for (int64_t i = 0; i < count; ++i) {
               int64_t voxels[kPoints];
               tiles.inputs(first + i, voxels);
-              transform_inputs_plane(voxels, plane, x, in_channels, inputs.data + i * in_channels, input_stride);
+              transform_inputs_plane(voxels, plane, x, in_channels, inputs + i * in_channels, input_stride);
               tiles.outputs(first + i, voxels);
               transform_gradients_plane(window, voxels, plane, grad, out_channels, p_begin * panel, p_end * panel,
-                                        gradients.data + i * wide, grad_stride);
+                                        gradients + i * wide, grad_stride);
             }
             for (int i = 0; i < 16; ++i) {
               for (int64_t p = p_begin; p < p_end; ++p) {
                 T* sum = total + i * size + p * in_channels * panel;
-                const T* g = gradients.data + i * grad_stride + (p - p_begin) * panel;
+                const T* g = gradients + i * grad_stride + (p - p_begin) * panel;
                 for (int64_t r = 0; r < row_groups; ++r) {
                   const int64_t begin = in_channels * r / row_groups, end = in_channels * (r + 1) / row_groups;
-                  correlate_rows<T, REGISTER_ROWS>(end - begin, count, inputs.data + i * input_stride + begin,
+                  correlate_rows<T, REGISTER_ROWS>(end - begin, count, inputs + i * input_stride + begin,
                                                    in_channels, source.data(), g, wide, target.data(),
                                                    sum + begin * panel);
                 }

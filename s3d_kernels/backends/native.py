@@ -7,6 +7,7 @@ computed in float32.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interface import BlockGeometry, PoolKind, Problem, WindowGeometry
+from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
 
 LIBRARY = Path(__file__).parent.parent / "libs3d_cpu.so"
+
+
+SOURCES = Path(__file__).parents[2] / "csrc"  # beside an editable installation only
 
 
 @cache
@@ -29,11 +33,27 @@ def _load() -> tuple[Any, str | None]:
         import tvm_ffi
 
         library = tvm_ffi.load_module(str(LIBRARY))
-    except (ImportError, OSError, RuntimeError) as error:
-        return None, f"the native CPU library cannot be loaded: {str(error).splitlines()[0]}"
-    if not library.has_threads():
+        sources, threads = str(library.sources()), bool(library.has_threads())
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        reason = f"the native CPU library cannot be loaded: {str(error).splitlines()[0]}"
+        warnings.warn(f"{reason}; the slower torch backend computes", stacklevel=2)
+        return None, reason
+    if SOURCES.is_dir() and sources != _hash_of_sources():
+        reason = "the native CPU library was built from other sources than those in csrc: install again"
+        warnings.warn(f"{reason}; the slower torch backend computes", stacklevel=2)
+        return None, reason
+    if not threads:
         warnings.warn("the native CPU kernels were built without OpenMP and use one thread", stacklevel=2)
     return library, None
+
+
+def _hash_of_sources() -> str:
+    """As in setup.py."""
+    digest = hashlib.sha256()
+    files = (path for path in SOURCES.rglob("*") if path.suffix in (".h", ".inl", ".cc") and "tests" not in path.parts)
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def instruction_sets() -> list[str]:
@@ -43,6 +63,15 @@ def instruction_sets() -> list[str]:
         RuntimeError: the library is not there; says why.
     """
     return [str(name) for name in _library().instruction_sets()]
+
+
+def instruction_set() -> str:
+    """The one in use.
+
+    Raises:
+        RuntimeError: the library is not there; says why.
+    """
+    return str(_library().instruction_set())
 
 
 def use_instruction_set(name: str) -> None:
@@ -87,6 +116,8 @@ class NativeBackend:
             return f"its kernels are for CPU tensors, not {problem.device}"
         if problem.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
+        if isinstance(problem, ConvProblem) and min(problem.in_channels, problem.out_channels) < 1:
+            return "it needs at least one channel"
         return _load()[1]
 
     # ---- convolution

@@ -101,7 +101,8 @@ class ReferenceBackend:
         y = (x.to(mean.dtype) - per_row[0]) * per_row[1] + per_row[2]
         if residual is not None:
             y = y + residual.to(mean.dtype)
-        return _zero_masked(F.leaky_relu(y, slope), geometry.voxels).to(x.dtype)
+        y = F.relu(y) if slope == 0 else F.leaky_relu(y, slope)
+        return _zero_masked(y, geometry.voxels).to(x.dtype)
 
     def norm_grad_sums(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, geometry: BlockGeometry
@@ -129,7 +130,8 @@ class ReferenceBackend:
         if y is None:
             per_row = [_per_row(table, geometry) for table in (mean, scale, shift)]
             y = (x.to(mean.dtype) - per_row[0]) * per_row[1] + per_row[2]
-        before = _zero_masked(torch.where(y > 0, grad, slope * grad), geometry.voxels)
+        below = torch.zeros_like(grad) if slope == 0 else slope * grad
+        before = _zero_masked(torch.where(y > 0, grad, below), geometry.voxels)
         return before, *self.norm_grad_sums(before, x, mean, rstd, geometry)
 
     def norm_grad_input(

@@ -167,7 +167,9 @@ class TorchGatherBackend:
         y = _affine(x, mean, scale, shift, geometry)
         if residual is not None:
             y += residual
-        if slope != 1.0:
+        if slope == 0.0:
+            y.relu_()
+        elif slope != 1.0:
             F.leaky_relu_(y, slope)
         return _zero_masked(y.to(x.dtype), geometry.voxels)
 
@@ -193,7 +195,10 @@ class TorchGatherBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if y is None:
             y = _affine(x, mean, scale, shift, geometry)
-        before = torch.ops.aten.leaky_relu_backward(grad, y.to(grad.dtype), slope, False)
+        if slope == 0.0:
+            before = torch.ops.aten.threshold_backward(grad, y.to(grad.dtype), 0)
+        else:
+            before = torch.ops.aten.leaky_relu_backward(grad, y.to(grad.dtype), slope, False)
         before = _zero_masked(before, geometry.voxels)
         return before, *self.norm_grad_sums(before, x, mean, rstd, geometry)
 

@@ -169,7 +169,7 @@ def affine_tables(
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift [N, C] of the centred features."""
     scale = rstd if weight is None else (rstd * weight).to(rstd.dtype)
-    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean).contiguous()
+    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).repeat(len(mean), 1)
     return scale, shift
 
 
@@ -216,7 +216,7 @@ def _normalize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         if weight is not None:
-            of_grad, of_product = of_grad * weight, of_product * weight
+            of_grad, of_product = ((table * weight).to(mean.dtype) for table in (of_grad, of_product))
         if ctx.over == "nothing":
             offset = tilt = torch.zeros_like(mean)
         else:

@@ -1,8 +1,8 @@
-// Checks every native CPU kernel of every instruction set that this processor has against sums over pairs of voxels that
-// are listed from dense coordinates, in double. Needs nothing but the kernels. Usage: test_cpu [--every N] [--race]
+// Checks every native CPU kernel of every instruction set that this processor has against sums in double over pairs of
+// voxels that are listed from dense coordinates. Needs nothing but the kernels. Usage: test_cpu [--every N] [--race]
 //
-// Buffers are as large as they must be, so that AddressSanitizer sees each access beyond them, and every other one starts
-// off the alignment of vectors. Inputs hold NaN at masked voxels and outputs hold NaN before a kernel writes them.
+// Buffers are as large as they must be, so that AddressSanitizer sees each access beyond them, and every other one
+// starts off the alignment of vectors. Inputs hold NaN at masked voxels, outputs hold NaN before a kernel writes them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -139,7 +139,8 @@ struct Expected {
 
 // Calls call(outputs, threads) with each number of threads and compares its outputs; `ulps` is the tolerance.
 template <typename T, typename Call>
-void check(Report& r, const std::string& problem, const std::vector<Expected>& expected, double ulps, const Call& call) {
+void check(Report& r, const std::string& problem, const std::vector<Expected>& expected, double ulps,
+           const Call& call) {
   ++r.problems;
   const double eps = std::numeric_limits<T>::epsilon();
   std::vector<std::unique_ptr<Buffer<T>>> first;
@@ -309,11 +310,11 @@ struct Problem {
     }
     const Triple r = {radius[0], radius[1], radius[2]};
     table = neighbour_table(target.layout, source.layout, r);
-    forward = {target.layout.rows, source.layout.rows, target.block,    source.block,     s.kernel,        s.stride,
-               s.padding,          r,                  false,           table.data(),     target.voxels(), source.voxels()};
+    forward = {target.layout.rows, source.layout.rows, target.block, source.block, s.kernel, s.stride, s.padding, r,
+               false, table.data(), target.voxels(), source.voxels()};
     reversed = s3d::reverse_table(table.data(), target.layout.rows, forward.columns(), source.layout.rows);
-    transposed = {source.layout.rows, target.layout.rows, source.block,    target.block,     s.kernel,        s.stride,
-                  s.padding,          r,                  true,            reversed.data(),  source.voxels(), target.voxels()};
+    transposed = {source.layout.rows, target.layout.rows, source.block, target.block, s.kernel, s.stride, s.padding, r,
+                  true, reversed.data(), source.voxels(), target.voxels()};
     name = "batch " + std::to_string(s.batch) + " grid " + text(s.grid) + " block " + text(s.block) + " kernel " +
            text(s.kernel) + " stride " + text(s.stride) + " padding " + text(s.padding) + " radius " + text(r) +
            " source " + std::to_string(source.layout.rows) + (source.voxels() ? " masked" : "") + " target " +
@@ -511,11 +512,14 @@ void check_pooling_of(const Problem& p, const Triple& volume, int64_t channels, 
   const auto inside = [&](int64_t z, int64_t y, int64_t x_) {
     return z >= 0 && z < volume.d && y >= 0 && y < volume.h && x_ >= 0 && x_ < volume.w;
   };
-  p.each_tap([&](int64_t voxel, int64_t, int64_t, int64_t z, int64_t y, int64_t x_) { counts[voxel] += inside(z, y, x_); });
+  p.each_tap([&](int64_t voxel, int64_t, int64_t, int64_t z, int64_t y, int64_t x_) {
+    counts[voxel] += inside(z, y, x_);
+  });
   const auto divides = [&](int64_t voxel) {
     return static_cast<double>(divisor > 0 ? divisor : std::max<int64_t>(1, counts[voxel]));
   };
-  Expected mean(outputs * channels), mean_grad(inputs * channels), max_grad(inputs * channels), most(outputs * channels);
+  Expected mean(outputs * channels), most(outputs * channels);
+  Expected mean_grad(inputs * channels), max_grad(inputs * channels);
   for (const Pair& pair : p.pairs) {
     for (int64_t c = 0; c < channels; ++c) {
       mean.add(pair.target * channels + c, x[pair.source * channels + c] / divides(pair.target));
@@ -640,7 +644,8 @@ void check_norm_of(const InstructionSet& set, const Side& side, int64_t channels
   const std::vector<double> rstd = random.values(table), offset = random.values(table), tilt = random.values(table);
   const T slope = static_cast<T>(0.125);
   const std::string name = std::to_string(samples) + " samples, " + std::to_string(side.layout.rows) + " blocks " +
-                           text(side.block) + (side.voxels() ? " masked" : "") + " channels " + std::to_string(channels);
+                           text(side.block) + (side.voxels() ? " masked" : "") + " channels " +
+                           std::to_string(channels);
 
   // calls use(sample's row of a table, element) for visible voxels.
   const auto each = [&](const auto& use) {
@@ -695,7 +700,8 @@ void check_norm_of(const InstructionSet& set, const Side& side, int64_t channels
     kernels.statistics(rows, x_.data(), out[0], out[1], channels, threads);
   });
   for (const bool add : {false, true}) {
-    check<T>(line(add ? "norm apply, residual" : "norm apply"), name, {add ? z : y}, 0, [&](T* const* out, int threads) {
+    const char* kernel = add ? "norm apply, residual" : "norm apply";
+    check<T>(line(kernel), name, {add ? z : y}, 0, [&](T* const* out, int threads) {
       kernels.apply(rows, coarse_.data(), mean_.data(), scale_.data(), shift_.data(), add ? residual_.data() : nullptr,
                     slope, out[0], channels, threads);
     });
@@ -752,7 +758,8 @@ void check_windows(int64_t every) {
           check_pooling(p, times(s.grid, block), channels, random.chance(0.5) ? kernel.volume() : 0, random);
           // Blocks at the far faces that reach beyond the volume.
           const Triple full = times(s.grid, block);
-          const Triple less = {full.d - random.below(block.d), full.h - random.below(block.h), full.w - random.below(block.w)};
+          const Triple less = {full.d - random.below(block.d), full.h - random.below(block.h),
+                               full.w - random.below(block.w)};
           Problem q(s, {many, 0, few}, {few, many, 0.5}, kind < 6, 0.8, target_voxels, 0, random);
           q.source.cut(less);
           q.forward.gathered_voxels = q.transposed.written_voxels = q.source.voxels();

@@ -7,18 +7,20 @@ constexpr int64_t kTileVoxels = 96;
 
 template <typename T>
 struct Vector {
-  typedef T type __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  typedef T type __attribute__((vector_size(VECTOR_BYTES), may_alias));
+  // In tensors. Template parameters drop this attribute, so what a `V*` points to is of the type above.
+  typedef T unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
   static constexpr int64_t lanes = VECTOR_BYTES / sizeof(T);
   static constexpr int64_t panel = 2 * lanes;
 };
 
 template <typename T>
 inline typename Vector<T>::type load(const T* p) {
-  return *reinterpret_cast<const typename Vector<T>::type*>(p);
+  return *reinterpret_cast<const typename Vector<T>::unaligned*>(p);
 }
 template <typename T>
 inline void store(T* p, typename Vector<T>::type v) {
-  *reinterpret_cast<typename Vector<T>::type*>(p) = v;
+  *reinterpret_cast<typename Vector<T>::unaligned*>(p) = v;
 }
 
 // Large buffers of finished calls, kept for the next ones of the same thread: fresh memory costs a page fault for every

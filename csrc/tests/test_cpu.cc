@@ -1,0 +1,865 @@
+// Checks every native CPU kernel of every instruction set that this processor has against sums in double over pairs of
+// voxels that are listed from dense coordinates. Needs nothing but the kernels. Usage: test_cpu [--every N] [--race]
+//
+// Buffers are as large as they must be, so that AddressSanitizer sees each access beyond them, and every other one
+// starts off the alignment of vectors. Inputs hold NaN at masked voxels, outputs hold NaN before a kernel writes them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/blocks.h"
+#include "cpu/kernels.h"
+#include "cpu/pool.h"
+
+namespace s3d::cpu {
+const InstructionSet& wide();  // isa_wide.cc
+}
+
+namespace {
+
+using s3d::Triple;
+using s3d::Window;
+using s3d::cpu::InstructionSet;
+using s3d::cpu::Place;
+using s3d::cpu::Rows;
+using s3d::cpu::Volume;
+
+constexpr int kThreads[] = {1, 2, 3};
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : size_(size), skipped_(made_++ % 2) {
+    memory_ = static_cast<T*>(std::malloc((size + skipped_) * sizeof(T)));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    std::fill_n(data(), size, static_cast<T>(kNaN));
+  }
+  explicit Buffer(const std::vector<double>& values) : Buffer(static_cast<int64_t>(values.size())) {
+    for (int64_t i = 0; i < size_; ++i) data()[i] = static_cast<T>(values[i]);
+  }
+  ~Buffer() { std::free(memory_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return memory_ + skipped_; }
+  const T* data() const { return memory_ + skipped_; }
+  int64_t size() const { return size_; }
+  bool same_bits(const Buffer& other) const { return std::memcmp(data(), other.data(), size_ * sizeof(T)) == 0; }
+
+ private:
+  static int64_t made_;
+  int64_t size_, skipped_;
+  T* memory_;
+};
+template <typename T>
+int64_t Buffer<T>::made_ = 0;
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+  int64_t below(int64_t end) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(end)); }
+  bool chance(double p) { return static_cast<double>(engine_() >> 11) * 0x1p-53 < p; }
+  // In [-1, 1); exact in float, so that one reference serves both types.
+  double value() { return static_cast<double>(static_cast<float>(static_cast<double>(engine_() >> 40) * 0x1p-23 - 1)); }
+  std::vector<double> values(int64_t size) {
+    std::vector<double> result(size);
+    for (double& v : result) v = value();
+    return result;
+  }
+  // Few different values whose products are exact in float.
+  std::vector<double> coarse(int64_t size) {
+    std::vector<double> result(size);
+    for (double& v : result) v = static_cast<double>(below(17) - 8) / 4;
+    return result;
+  }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+// ---- reports
+
+struct Report {
+  std::string set, type, kernel;
+  int64_t problems = 0, failures = 0;
+  double worst = 0;  // error by tolerance
+};
+
+std::deque<Report> reports;
+int64_t complaints = 0;
+
+Report& report(const std::string& set, const std::string& type, const std::string& kernel) {
+  for (Report& r : reports) {
+    if (r.set == set && r.type == type && r.kernel == kernel) return r;
+  }
+  reports.push_back({set, type, kernel});
+  return reports.back();
+}
+
+void fail(Report& r, const std::string& problem, const std::string& what) {
+  ++r.failures;
+  if (++complaints > 40) return;
+  std::fprintf(stderr, "%s %s %s: %s\n  %s\n", r.set.c_str(), r.type.c_str(), r.kernel.c_str(), what.c_str(),
+               problem.c_str());
+}
+
+template <typename T>
+const char* type_name() {
+  return sizeof(T) == 4 ? "float" : "double";
+}
+
+// A result and the sum of the magnitudes that were added up, which bounds its rounding; 0: it must be exact.
+struct Expected {
+  explicit Expected(int64_t size = 0) : value(size), magnitude(size) {}
+  void add(int64_t i, double term) {
+    value[i] += term;
+    magnitude[i] += std::abs(term);
+  }
+  // With what rounding leaves over (Kahan), for sums so long that the kernels, which add in parts, are more exact.
+  void add_long(int64_t i, double term) {
+    rest.resize(value.size());
+    const double exact = term - rest[i], sum = value[i] + exact;
+    rest[i] = sum - value[i] - exact;
+    value[i] = sum;
+    magnitude[i] += std::abs(term);
+  }
+  std::vector<double> value, magnitude, rest;
+};
+
+// Calls call(outputs, threads) with each number of threads and compares its outputs; `ulps` is the tolerance.
+template <typename T, typename Call>
+void check(Report& r, const std::string& problem, const std::vector<Expected>& expected, double ulps,
+           const Call& call) {
+  ++r.problems;
+  const double eps = std::numeric_limits<T>::epsilon();
+  std::vector<std::unique_ptr<Buffer<T>>> first;
+  for (int threads : kThreads) {
+    std::vector<std::unique_ptr<Buffer<T>>> outputs;
+    std::vector<T*> pointers;
+    for (const Expected& e : expected) {
+      outputs.push_back(std::make_unique<Buffer<T>>(static_cast<int64_t>(e.value.size())));
+      pointers.push_back(outputs.back()->data());
+    }
+    call(pointers.data(), threads);
+    if (first.empty()) {
+      first = std::move(outputs);
+      for (size_t o = 0; o < expected.size(); ++o) {
+        for (int64_t i = 0; i < first[o]->size(); ++i) {
+          const double got = first[o]->data()[i], want = expected[o].value[i];
+          const double tolerance = ulps * eps * expected[o].magnitude[i];
+          if (got == want) continue;  // also infinities
+          const double error = std::abs(got - want);
+          if (!(error <= tolerance)) {
+            char text[200];
+            std::snprintf(text, sizeof text, "output %d, element %lld: expected %.9g, got %.9g, tolerance %.2g",
+                          static_cast<int>(o), static_cast<long long>(i), want, got, tolerance);
+            fail(r, problem, text);
+            return;
+          }
+          r.worst = std::max(r.worst, error / tolerance);
+        }
+      }
+      continue;
+    }
+    for (size_t o = 0; o < expected.size(); ++o) {
+      if (!first[o]->same_bits(*outputs[o])) {
+        fail(r, problem, "output " + std::to_string(o) + " differs with " + std::to_string(threads) + " threads");
+        return;
+      }
+    }
+  }
+}
+
+// ---- blocks
+
+std::string text(const Triple& t) {
+  return std::to_string(t.d) + "x" + std::to_string(t.h) + "x" + std::to_string(t.w);
+}
+
+Triple times(const Triple& a, const Triple& b) { return {a.d * b.d, a.h * b.h, a.w * b.w}; }
+
+// Which cells of a grid are stored as blocks.
+struct Layout {
+  Layout(int64_t batch, const Triple& grid, const std::vector<double>& share, Random& random)
+      : batch(batch), grid(grid), row(batch * grid.volume(), -1), offsets(1, 0) {
+    for (int64_t n = 0; n < batch; ++n) {
+      for (int64_t cell = 0; cell < grid.volume(); ++cell) {
+        if (!random.chance(share[n])) continue;
+        row[n * grid.volume() + cell] = static_cast<int32_t>(rows++);
+        const int64_t at[4] = {n, cell / grid.w / grid.h, cell / grid.w % grid.h, cell % grid.w};
+        for (int64_t i : at) index.push_back(static_cast<int32_t>(i));
+      }
+      offsets.push_back(static_cast<int32_t>(rows));
+    }
+    index.shrink_to_fit();
+    offsets.shrink_to_fit();
+  }
+  int32_t at(int64_t n, int64_t z, int64_t y, int64_t x) const {
+    if (z < 0 || z >= grid.d || y < 0 || y >= grid.h || x < 0 || x >= grid.w) return -1;
+    return row[((n * grid.d + z) * grid.h + y) * grid.w + x];
+  }
+  int64_t batch, rows = 0;
+  Triple grid;
+  std::vector<int32_t> row;    // [batch, grid]
+  std::vector<int32_t> index;  // [rows, 4]
+  std::vector<int32_t> offsets;
+};
+
+// Blocks of voxels with a mask.
+struct Side {
+  Side(Layout layout_, const Triple& block, double share, Random& random) : layout(std::move(layout_)), block(block) {
+    if (share >= 1) return;
+    mask.resize(size());
+    for (uint8_t& m : mask) m = random.chance(share);
+    mask.shrink_to_fit();
+  }
+  int64_t size() const { return layout.rows * block.volume(); }
+  // A mask without elements also is a mask, and null where all are visible.
+  const uint8_t* voxels() const { return mask.empty() ? nullptr : mask.data(); }
+  bool visible(int64_t voxel) const { return mask.empty() || mask[voxel] != 0; }
+  // The voxel at dense coordinates, -1: masked or not stored.
+  int64_t at(int64_t n, int64_t z, int64_t y, int64_t x) const {
+    const Triple shape = times(layout.grid, block);
+    if (z < 0 || z >= shape.d || y < 0 || y >= shape.h || x < 0 || x >= shape.w) return -1;
+    const int64_t row = layout.at(n, z / block.d, y / block.h, x / block.w);
+    if (row < 0) return -1;
+    const int64_t voxel = ((row * block.d + z % block.d) * block.h + y % block.h) * block.w + x % block.w;
+    return visible(voxel) ? voxel : -1;
+  }
+  // Nothing beyond this shape is visible.
+  void cut(const Triple& shape) {
+    if (mask.empty()) mask.assign(size(), 1);
+    mask.shrink_to_fit();
+    for (int64_t v = 0; v < size(); ++v) {
+      const int32_t* at = layout.index.data() + v / block.volume() * 4;
+      const int64_t local[3] = {v / block.w / block.h % block.d, v / block.w % block.h, v % block.w};
+      for (int axis = 0; axis < 3; ++axis) mask[v] &= at[axis + 1] * block[axis] + local[axis] < shape[axis];
+    }
+  }
+  // Features, NaN where masked.
+  std::vector<double> features(std::vector<double> drawn, int64_t channels) const {
+    for (int64_t v = 0; v < size(); ++v) {
+      if (!visible(v)) std::fill_n(drawn.begin() + v * channels, channels, kNaN);
+    }
+    return drawn;
+  }
+  Layout layout;
+  Triple block;
+  std::vector<uint8_t> mask;
+};
+
+// See neighbour_table in s3d_kernels/block_mask.py.
+std::vector<int32_t> neighbour_table(const Layout& around, const Layout& of, const Triple& radius) {
+  const int64_t columns = (2 * radius.d + 1) * (2 * radius.h + 1) * (2 * radius.w + 1);
+  std::vector<int32_t> table(around.rows * columns);
+  for (int64_t row = 0; row < around.rows; ++row) {
+    const int32_t* at = around.index.data() + row * 4;
+    int64_t column = 0;
+    for (int64_t dz = -radius.d; dz <= radius.d; ++dz) {
+      for (int64_t dy = -radius.h; dy <= radius.h; ++dy) {
+        for (int64_t dx = -radius.w; dx <= radius.w; ++dx) {
+          table[row * columns + column++] = of.at(at[0], at[1] + dz, at[2] + dy, at[3] + dx);
+        }
+      }
+    }
+  }
+  return table;
+}
+
+// ---- windows
+
+struct Shape {
+  int64_t batch;
+  Triple grid, block;  // block: of the source
+  Triple kernel, stride, padding;
+};
+
+struct Pair {
+  int64_t target, source, tap;
+};
+
+// How many blocks away windows reach along an axis, in both directions.
+int64_t reach(int64_t source_side, int64_t target_side, int64_t kernel, int64_t stride, int64_t padding) {
+  const auto cells = [](int64_t distance, int64_t side) { return (std::max<int64_t>(distance, 0) + side - 1) / side; };
+  const int64_t beyond = (target_side - 1) * stride - padding + kernel - source_side;
+  return std::max(cells(padding, source_side), cells(beyond, source_side));
+}
+
+struct Problem {
+  Problem(const Shape& s, const std::vector<double>& source_share, const std::vector<double>& target_share,
+          bool same_blocks, double source_voxels, double target_voxels, int64_t extra_radius, Random& random)
+      : shape(s),
+        source(Layout(s.batch, s.grid, source_share, random), s.block, source_voxels, random),
+        target(same_blocks ? source.layout : Layout(s.batch, s.grid, target_share, random),
+               {s.block.d / s.stride.d, s.block.h / s.stride.h, s.block.w / s.stride.w}, target_voxels, random) {
+    int64_t radius[3];
+    for (int axis = 0; axis < 3; ++axis) {
+      radius[axis] = extra_radius +
+                     reach(source.block[axis], target.block[axis], s.kernel[axis], s.stride[axis], s.padding[axis]);
+    }
+    const Triple r = {radius[0], radius[1], radius[2]};
+    table = neighbour_table(target.layout, source.layout, r);
+    forward = {target.layout.rows, source.layout.rows, target.block, source.block, s.kernel, s.stride, s.padding, r,
+               false, table.data(), target.voxels(), source.voxels()};
+    reversed = s3d::reverse_table(table.data(), target.layout.rows, forward.columns(), source.layout.rows);
+    transposed = {source.layout.rows, target.layout.rows, source.block, target.block, s.kernel, s.stride, s.padding, r,
+                  true, reversed.data(), source.voxels(), target.voxels()};
+    name = "batch " + std::to_string(s.batch) + " grid " + text(s.grid) + " block " + text(s.block) + " kernel " +
+           text(s.kernel) + " stride " + text(s.stride) + " padding " + text(s.padding) + " radius " + text(r) +
+           " source " + std::to_string(source.layout.rows) + (source.voxels() ? " masked" : "") + " target " +
+           std::to_string(target.layout.rows) + (target.voxels() ? " masked" : "");
+    list_pairs();
+  }
+  Problem(const Problem&) = delete;
+
+  // calls use(target voxel, tap, n, z, y, x) with the dense input coordinates of every visible target voxel and tap.
+  template <typename Use>
+  void each_tap(const Use& use) const {
+    const Triple &k = shape.kernel, &s = shape.stride, &p = shape.padding, &b = target.block;
+    const Triple size = times(target.layout.grid, b);
+    for (int64_t n = 0; n < shape.batch; ++n) {
+      for (int64_t z = 0; z < size.d; ++z) {
+        for (int64_t y = 0; y < size.h; ++y) {
+          for (int64_t x = 0; x < size.w; ++x) {
+            const int64_t voxel = target.at(n, z, y, x);
+            if (voxel < 0) continue;
+            for (int64_t tap = 0; tap < k.volume(); ++tap) {
+              use(voxel, tap, n, z * s.d - p.d + tap / k.w / k.h, y * s.h - p.h + tap / k.w % k.h,
+                  x * s.w - p.w + tap % k.w);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  void list_pairs() {
+    each_tap([&](int64_t voxel, int64_t tap, int64_t n, int64_t z, int64_t y, int64_t x) {
+      const int64_t other = source.at(n, z, y, x);
+      if (other >= 0) pairs.push_back({voxel, other, tap});
+    });
+  }
+
+  Shape shape;
+  Side source, target;
+  std::vector<int32_t> table, reversed;
+  Window forward, transposed;
+  std::vector<Pair> pairs;
+  std::string name;
+};
+
+// ---- convolution
+
+struct Channels {
+  int64_t in, out, groups;
+};
+
+std::vector<const InstructionSet*> sets;
+
+template <typename T>
+const s3d::cpu::Kernels<T>& kernels_of(const InstructionSet& set) {
+  if constexpr (sizeof(T) == 4) {
+    return set.f32;
+  } else {
+    return set.f64;
+  }
+}
+template <typename T>
+const s3d::cpu::NormKernels<T>& norm_kernels_of(const InstructionSet& set) {
+  if constexpr (sizeof(T) == 4) {
+    return set.norm_f32;
+  } else {
+    return set.norm_f64;
+  }
+}
+
+// Winograd's method adds up what lies in other windows too: rounding is that of the largest result.
+Expected blurred(Expected e, const Side* side, int64_t channels) {
+  double most = 0;
+  for (double m : e.magnitude) most = std::max(most, m);
+  for (size_t i = 0; i < e.magnitude.size(); ++i) {
+    if (side == nullptr || side->visible(static_cast<int64_t>(i) / channels)) e.magnitude[i] = most;
+  }
+  return e;
+}
+
+struct Convolution {
+  Convolution(const Problem& p, const Channels& c, bool with_bias, Random& random)
+      : p(p),
+        c(c),
+        x(p.source.features(random.values(p.source.size() * c.in), c.in)),
+        grad(p.target.features(random.values(p.target.size() * c.out), c.out)),
+        weight(random.values(c.out * (c.in / c.groups) * p.shape.kernel.volume())),
+        out_bias(with_bias ? random.values(c.out) : std::vector<double>()),
+        in_bias(with_bias ? random.values(c.in) : std::vector<double>()),
+        y(p.target.size() * c.out),
+        grad_x(p.source.size() * c.in),
+        grad_weight(static_cast<int64_t>(weight.size())) {
+    name = p.name + " channels " + std::to_string(c.in) + " to " + std::to_string(c.out) + " groups " +
+           std::to_string(c.groups) + (with_bias ? " bias" : "");
+    add_bias(p.target, out_bias, c.out, y);
+    add_bias(p.source, in_bias, c.in, grad_x);
+    const int64_t in_group = c.in / c.groups, out_group = c.out / c.groups, taps = p.shape.kernel.volume();
+    for (const Pair& pair : p.pairs) {
+      for (int64_t o = 0; o < c.out; ++o) {
+        for (int64_t i = 0; i < in_group; ++i) {
+          const int64_t at_y = pair.target * c.out + o, at_x = pair.source * c.in + o / out_group * in_group + i;
+          const int64_t at_w = (o * in_group + i) * taps + pair.tap;
+          y.add(at_y, weight[at_w] * x[at_x]);
+          grad_x.add(at_x, weight[at_w] * grad[at_y]);
+          grad_weight.add(at_w, grad[at_y] * x[at_x]);
+        }
+      }
+    }
+  }
+
+  static void add_bias(const Side& side, const std::vector<double>& bias, int64_t channels, Expected& to) {
+    for (int64_t i = 0; i < static_cast<int64_t>(to.value.size()) && !bias.empty(); ++i) {
+      if (side.visible(i / channels)) to.add(i, bias[i % channels]);
+    }
+  }
+
+  template <typename T>
+  void check_all(const InstructionSet& set) const {
+    const auto& kernels = kernels_of<T>(set);
+    const Buffer<T> x_(x), grad_(grad), weight_(weight), out_bias_(out_bias), in_bias_(in_bias);
+    const T* b_out = out_bias.empty() ? nullptr : out_bias_.data();
+    const T* b_in = in_bias.empty() ? nullptr : in_bias_.data();
+    const auto line = [&](const char* kernel) -> Report& { return report(set.name, type_name<T>(), kernel); };
+    const bool depthwise = c.groups == c.in && c.groups == c.out && c.groups > 1;
+    const std::string kind = depthwise ? " depthwise" : c.groups > 1 ? " grouped" : "";
+    check<T>(line(("conv3d" + kind).c_str()), name, {y}, 32, [&](T* const* out, int threads) {
+      kernels.conv3d(p.forward, x_.data(), weight_.data(), b_out, out[0], c.in, c.out, c.groups, threads);
+    });
+    check<T>(line(("conv3d transposed" + kind).c_str()), name, {grad_x}, 32, [&](T* const* out, int threads) {
+      kernels.conv3d(p.transposed, grad_.data(), weight_.data(), b_in, out[0], c.in, c.out, c.groups, threads);
+    });
+    check<T>(line(("conv3d_grad_weight" + kind).c_str()), name, {grad_weight}, 32, [&](T* const* out, int threads) {
+      kernels.conv3d_grad_weight(p.forward, grad_.data(), x_.data(), out[0], c.in, c.out, c.groups, threads);
+    });
+    if (c.groups != 1 || !set.winograd_applies(p.forward)) return;
+    check<T>(line("conv3d_winograd"), name, {blurred(y, &p.target, c.out)}, 32, [&](T* const* out, int threads) {
+      kernels.conv3d_winograd(p.forward, x_.data(), weight_.data(), b_out, out[0], c.in, c.out, threads);
+    });
+    check<T>(line("conv3d_winograd transposed"), name, {blurred(grad_x, &p.source, c.in)}, 32,
+             [&](T* const* out, int threads) {
+               kernels.conv3d_winograd(p.transposed, grad_.data(), weight_.data(), b_in, out[0], c.in, c.out, threads);
+             });
+    check<T>(line("conv3d_grad_weight_winograd"), name, {blurred(grad_weight, nullptr, 1)}, 32,
+             [&](T* const* out, int threads) {
+               kernels.conv3d_grad_weight_winograd(p.forward, grad_.data(), x_.data(), out[0], c.in, c.out, threads);
+             });
+  }
+
+  const Problem& p;
+  Channels c;
+  std::vector<double> x, grad, weight, out_bias, in_bias;
+  Expected y, grad_x, grad_weight;
+  std::string name;
+};
+
+void check_convolution(const Problem& p, const Channels& c, Random& random) {
+  const Convolution convolution(p, c, random.chance(0.5), random);
+  for (const InstructionSet* set : sets) {
+    convolution.check_all<float>(*set);
+    convolution.check_all<double>(*set);
+  }
+}
+
+// ---- tables
+
+void check_tables(const Problem& p) {
+  Report& reverse = report("any", "int", "reverse_table");
+  ++reverse.problems;
+  const std::vector<int32_t> wanted = neighbour_table(p.source.layout, p.target.layout, p.forward.radius);
+  if (p.reversed != wanted) fail(reverse, p.name, "differs from the neighbours of the source blocks");
+  Report& far = report("any", "int", "windows beyond the table");
+  Window near = p.forward;
+  near.radius = {0, 0, 0};
+  if (p.forward.radius.volume() == 0 || p.shape.padding.d == 0) return;
+  ++far.problems;
+  try {
+    const s3d::Locator locator(near);
+    fail(far, p.name, "are not refused");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+// ---- pooling
+
+template <typename T>
+void check_pooling_of(const Problem& p, const Triple& volume, int64_t channels, int64_t divisor, uint64_t seed) {
+  Random random(seed);
+  const int64_t inputs = p.source.size(), outputs = p.target.size();
+  const std::vector<double> x = p.source.features(random.values(inputs * channels), channels);
+  const std::vector<double> coarse = p.source.features(random.coarse(inputs * channels), channels);  // has equal ones
+  const std::vector<double> grad = p.target.features(random.values(outputs * channels), channels);
+  const Place place = {p.target.layout.index.data(), volume};
+  const std::string name = p.name + " volume " + text(volume) + " channels " + std::to_string(channels) + " divisor " +
+                           std::to_string(divisor);
+  std::vector<int64_t> counts(outputs, 0);
+  const auto inside = [&](int64_t z, int64_t y, int64_t x_) {
+    return z >= 0 && z < volume.d && y >= 0 && y < volume.h && x_ >= 0 && x_ < volume.w;
+  };
+  p.each_tap([&](int64_t voxel, int64_t, int64_t, int64_t z, int64_t y, int64_t x_) {
+    counts[voxel] += inside(z, y, x_);
+  });
+  const auto divides = [&](int64_t voxel) {
+    return static_cast<double>(divisor > 0 ? divisor : std::max<int64_t>(1, counts[voxel]));
+  };
+  Expected mean(outputs * channels), most(outputs * channels);
+  Expected mean_grad(inputs * channels), max_grad(inputs * channels);
+  for (const Pair& pair : p.pairs) {
+    for (int64_t c = 0; c < channels; ++c) {
+      mean.add(pair.target * channels + c, x[pair.source * channels + c] / divides(pair.target));
+      mean_grad.add(pair.source * channels + c, grad[pair.target * channels + c] / divides(pair.target));
+    }
+  }
+  std::vector<int32_t> winners(outputs * channels, -1);
+  for (int64_t i = 0; i < outputs * channels; ++i) {
+    if (p.target.visible(i / channels)) most.value[i] = -std::numeric_limits<double>::infinity();
+  }
+  std::vector<int64_t> from(outputs * channels, -1);
+  p.each_tap([&](int64_t voxel, int64_t tap, int64_t n, int64_t z, int64_t y, int64_t x_) {
+    if (!inside(z, y, x_)) return;
+    const int64_t other = p.source.at(n, z, y, x_);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double value = other < 0 ? 0 : coarse[other * channels + c];
+      const int64_t i = voxel * channels + c;
+      if (value <= most.value[i]) continue;
+      most.value[i] = value;
+      winners[i] = other < 0 ? -1 : static_cast<int32_t>(tap);
+      from[i] = other < 0 ? -1 : other * channels + c;
+    }
+  });
+  for (int64_t i = 0; i < outputs * channels; ++i) {
+    if (from[i] >= 0) max_grad.add(from[i], grad[i]);
+  }
+
+  const Buffer<T> x_(x), coarse_(coarse), grad_(grad);
+  const auto line = [&](const char* kernel) -> Report& { return report("any", type_name<T>(), kernel); };
+  check<T>(line("average"), name, {mean}, 32, [&](T* const* out, int threads) {
+    s3d::cpu::average<T>(p.forward, place, x_.data(), out[0], channels, divisor, threads);
+  });
+  check<T>(line("average_grad"), name, {mean_grad}, 32, [&](T* const* out, int threads) {
+    const std::vector<T> factors = s3d::cpu::average_factors<T>(p.forward, place, divisor, threads);
+    s3d::cpu::average_grad<T>(p.transposed, factors.data(), grad_.data(), out[0], channels, threads);
+  });
+  Report& maximum = line("maximum");
+  check<T>(maximum, name, {most}, 0, [&](T* const* out, int threads) {
+    s3d::cpu::maximum<T>(p.forward, place, coarse_.data(), out[0], nullptr, channels, threads);
+  });
+  check<T>(maximum, name, {most}, 0, [&](T* const* out, int threads) {
+    std::vector<int32_t> found(winners.size(), -2);
+    s3d::cpu::maximum<T>(p.forward, place, coarse_.data(), out[0], found.data(), channels, threads);
+    if (found != winners) fail(maximum, name, "other winners");
+  });
+  check<T>(line("maximum_grad"), name, {max_grad}, 32, [&](T* const* out, int threads) {
+    s3d::cpu::maximum_grad<T>(p.transposed, winners.data(), grad_.data(), out[0], channels, threads);
+  });
+}
+
+void check_pooling(Problem& p, const Triple& volume, int64_t channels, int64_t divisor, Random& random) {
+  const uint64_t seed = static_cast<uint64_t>(random.below(1 << 30));
+  check_pooling_of<float>(p, volume, channels, divisor, seed);
+  check_pooling_of<double>(p, volume, channels, divisor, seed);
+}
+
+// ---- blocks of a dense volume
+
+template <typename T>
+void check_blocks_of(const Side& side, const Triple& shape, int64_t channels, uint64_t seed) {
+  Random random(seed);
+  const int64_t batch = side.layout.batch;
+  Volume volume = {batch, channels, shape, {}};
+  const int64_t sizes[5] = {batch, channels, shape.d, shape.h, shape.w};
+  // Any order of the axes in memory.
+  int order[5] = {0, 1, 2, 3, 4};
+  for (int i = 4; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
+  int64_t step = 1;
+  for (int axis : order) {
+    volume.strides[axis] = step;
+    step *= sizes[axis];
+  }
+  std::vector<double> dense(step, kNaN);
+  Expected blocks(side.size() * channels), scattered(step);
+  const std::vector<double> fill = random.values(channels);
+  for (int64_t i = 0; i < step; ++i) scattered.value[i] = fill[i % channels];
+  for (int64_t n = 0; n < batch; ++n) {
+    for (int64_t z = 0; z < shape.d; ++z) {
+      for (int64_t y = 0; y < shape.h; ++y) {
+        for (int64_t x = 0; x < shape.w; ++x) {
+          const int64_t voxel = side.at(n, z, y, x), at[5] = {n, 0, z, y, x};
+          for (int64_t c = 0; c < channels && voxel >= 0; ++c) {
+            int64_t place = c * volume.strides[1];
+            for (int i = 0; i < 5; ++i) place += at[i] * volume.strides[i];
+            const double value = random.value();
+            dense[place] = blocks.value[voxel * channels + c] = value;
+            scattered.value[(((n * shape.d + z) * shape.h + y) * shape.w + x) * channels + c] = value;
+          }
+        }
+      }
+    }
+  }
+  const std::string name = "batch " + std::to_string(batch) + " block " + text(side.block) + " shape " + text(shape) +
+                           " rows " + std::to_string(side.layout.rows) + " channels " + std::to_string(channels);
+  const int64_t rows = side.layout.rows;
+  const int32_t* index = side.layout.index.data();
+  const Buffer<T> dense_(dense), fill_(fill), blocks_(side.features(blocks.value, channels));
+  check<T>(report("any", type_name<T>(), "gather"), name, {blocks}, 0, [&](T* const* out, int threads) {
+    s3d::cpu::gather<T>(dense_.data(), volume, index, side.voxels(), side.block, rows, out[0], threads);
+  });
+  check<T>(report("any", type_name<T>(), "scatter"), name, {scattered}, 0, [&](T* const* out, int threads) {
+    s3d::cpu::scatter<T>(blocks_.data(), fill_.data(), volume, index, side.voxels(), side.block, rows, out[0], threads);
+  });
+}
+
+// ---- norm
+
+template <typename T>
+void check_norm_of(const InstructionSet& set, const Side& side, int64_t channels, uint64_t seed) {
+  Random random(seed);
+  const int64_t samples = side.layout.batch, size = side.size(), table = samples * channels;
+  const Rows rows = {samples, side.layout.offsets.data(), side.block.volume(), side.voxels()};
+  const auto& kernels = norm_kernels_of<T>(set);
+  std::vector<double> drawn = random.values(size * channels);
+  for (int64_t i = 0; i < size * channels; ++i) drawn[i] += static_cast<double>(i % channels % 5);
+  const std::vector<double> x = side.features(drawn, channels);
+  // The sign of the affine is exact for these.
+  const std::vector<double> coarse = side.features(random.coarse(size * channels), channels);
+  const std::vector<double> residual = side.features(random.coarse(size * channels), channels);
+  const std::vector<double> grad = side.features(random.values(size * channels), channels);
+  const std::vector<double> mean = random.coarse(table), scale = random.coarse(table), shift = random.coarse(table);
+  const std::vector<double> rstd = random.values(table), offset = random.values(table), tilt = random.values(table);
+  const T slope = static_cast<T>(0.125);
+  const std::string name = std::to_string(samples) + " samples, " + std::to_string(side.layout.rows) + " blocks " +
+                           text(side.block) + (side.voxels() ? " masked" : "") + " channels " +
+                           std::to_string(channels);
+
+  // calls use(sample's row of a table, element) for visible voxels.
+  const auto each = [&](const auto& use) {
+    for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t v = side.layout.offsets[n] * rows.block; v < side.layout.offsets[n + 1] * rows.block; ++v) {
+        for (int64_t c = 0; c < channels && side.visible(v); ++c) use(n * channels + c, v * channels + c);
+      }
+    }
+  };
+  Expected means(table), squares(table), sums(channels);
+  std::vector<double> count(table);
+  each([&](int64_t t, int64_t i) {
+    ++count[t];
+    means.add_long(t, x[i]);
+    sums.add_long(i % channels, x[i]);
+  });
+  for (int64_t t = 0; t < table; ++t) {
+    means.value[t] /= std::max(1.0, count[t]);
+    means.magnitude[t] /= std::max(1.0, count[t]);
+  }
+  each([&](int64_t t, int64_t i) { squares.add_long(t, (x[i] - means.value[t]) * (x[i] - means.value[t])); });
+
+  Expected y(size * channels), z(size * channels), grad_x(size * channels);
+  const auto affine = [&](int64_t t, int64_t i) { return (coarse[i] - mean[t]) * scale[t] + shift[t]; };
+  const auto leaky = [&](double value) { return value > 0 ? value : value * static_cast<double>(slope); };
+  each([&](int64_t t, int64_t i) {
+    y.value[i] = leaky(affine(t, i));
+    z.value[i] = leaky(affine(t, i) + residual[i]);
+    grad_x.add(i, scale[t] * grad[i]);
+    grad_x.add(i, -offset[t]);
+    grad_x.add(i, -tilt[t] * (coarse[i] - mean[t]) * rstd[t]);
+  });
+  // of_grad, of_product and before, where the sign is 1 everywhere, that of z, or that of the affine.
+  std::vector<Expected> of[3];
+  for (int kind = 0; kind < 3; ++kind) {
+    of[kind] = {Expected(table), Expected(table), Expected(size * channels)};
+    each([&](int64_t t, int64_t i) {
+      const bool positive = kind == 0 || (kind == 1 ? z.value[i] : affine(t, i)) > 0;
+      const double before = positive ? grad[i] : grad[i] * static_cast<double>(slope);
+      of[kind][0].add_long(t, before);
+      of[kind][1].add_long(t, before * (coarse[i] - mean[t]) * rstd[t]);
+      of[kind][2].value[i] = before;
+    });
+  }
+  of[0].pop_back();
+
+  const Buffer<T> x_(x), coarse_(coarse), residual_(residual), grad_(grad), mean_(mean), scale_(scale), shift_(shift),
+      rstd_(rstd), offset_(offset), tilt_(tilt), z_(side.features(z.value, channels));
+  const auto line = [&](const char* kernel) -> Report& { return report(set.name, type_name<T>(), kernel); };
+  // Up to 4096 squares are added one after the other.
+  check<T>(line("norm statistics"), name, {means, squares}, 64, [&](T* const* out, int threads) {
+    kernels.statistics(rows, x_.data(), out[0], out[1], channels, threads);
+  });
+  for (const bool add : {false, true}) {
+    const char* kernel = add ? "norm apply, residual" : "norm apply";
+    check<T>(line(kernel), name, {add ? z : y}, 0, [&](T* const* out, int threads) {
+      kernels.apply(rows, coarse_.data(), mean_.data(), scale_.data(), shift_.data(), add ? residual_.data() : nullptr,
+                    slope, out[0], channels, threads);
+    });
+  }
+  const char* names[3] = {"norm grad_sums", "norm grad_sums, sign of y", "norm grad_sums, sign of x"};
+  for (int kind = 0; kind < 3; ++kind) {
+    check<T>(line(names[kind]), name, of[kind], 32, [&](T* const* out, int threads) {
+      kernels.grad_sums(rows, grad_.data(), coarse_.data(), kind == 1 ? z_.data() : nullptr, mean_.data(), rstd_.data(),
+                        scale_.data(), shift_.data(), kind == 0 ? T(1) : slope, kind == 0 ? nullptr : out[2], out[0],
+                        out[1], channels, threads);
+    });
+  }
+  check<T>(line("norm grad_input"), name, {grad_x}, 32, [&](T* const* out, int threads) {
+    kernels.grad_input(rows, grad_.data(), coarse_.data(), mean_.data(), rstd_.data(), scale_.data(), offset_.data(),
+                       tilt_.data(), out[0], channels, threads);
+  });
+  check<T>(line("channel_sums"), name, {sums}, 32, [&](T* const* out, int threads) {
+    kernels.channel_sums(rows, x_.data(), out[0], channels, threads);
+  });
+}
+
+// ---- all problems
+
+const Channels kChannels[] = {{1, 1, 1},  {3, 17, 1}, {4, 6, 2},    {17, 33, 1}, {33, 33, 33}, {33, 3, 1},
+                              {16, 8, 1}, {1, 33, 1}, {34, 66, 2},  {12, 18, 3}, {50, 1, 1},   {3, 3, 3}};
+
+void check_windows(int64_t every) {
+  const Triple blocks[] = {{1, 1, 1}, {2, 2, 2}, {4, 4, 4}, {5, 5, 5}, {6, 6, 6}, {2, 4, 6}, {1, 4, 5}, {2, 3, 1}};
+  const Triple kernels[] = {{3, 3, 3}, {1, 1, 1}, {2, 2, 2}, {5, 5, 5}, {1, 3, 3}};
+  const Triple strides[] = {{1, 1, 1}, {2, 2, 2}, {1, 2, 2}};
+  constexpr int64_t all = sizeof kChannels / sizeof kChannels[0];
+  int64_t number = 0;
+  for (const Triple& block : blocks) {
+    for (const Triple& kernel : kernels) {
+      for (const Triple& stride : strides) {
+        if (block.d % stride.d || block.h % stride.h || block.w % stride.w) continue;
+        const bool winograd = kernel.volume() == 27 && stride.volume() == 1;
+        for (int repeat = 0; repeat < (winograd ? 6 : 3); ++repeat) {
+          if (number++ % every) continue;
+          Random random(static_cast<uint64_t>(number));
+          Shape s = {3, {1 + random.below(3), 1 + random.below(3), 1 + random.below(4)}, block, kernel, stride, {}};
+          while (s.grid.volume() * block.volume() > 700 && s.grid.volume() > 1) {
+            s.grid = {(s.grid.d + 1) / 2, (s.grid.h + 1) / 2, (s.grid.w + 1) / 2};
+          }
+          const auto pad = [&](int64_t k) { return winograd || random.chance(0.7) ? (k - 1) / 2 : random.below(k); };
+          s.padding = {pad(kernel.d), pad(kernel.h), pad(kernel.w)};
+          const int64_t kind = random.below(8);
+          const double few = kind == 0 ? 0 : 0.3, many = kind == 0 ? 0 : kind < 3 ? 1 : 0.8;
+          const double source_voxels = random.chance(0.5) ? 1 : 0.5, target_voxels = random.chance(0.5) ? 1 : 0.5;
+          Problem p(s, {many, 0, few}, {few, many, 0.5}, kind < 6, source_voxels, target_voxels, kind == 5, random);
+          check_tables(p);
+          check_convolution(p, kChannels[number % all], random);
+          const int64_t channels = kChannels[random.below(all)].in;
+          check_pooling(p, times(s.grid, block), channels, random.chance(0.5) ? kernel.volume() : 0, random);
+          // Blocks at the far faces that reach beyond the volume.
+          const Triple full = times(s.grid, block);
+          const Triple less = {full.d - random.below(block.d), full.h - random.below(block.h),
+                               full.w - random.below(block.w)};
+          Problem q(s, {many, 0, few}, {few, many, 0.5}, kind < 6, 0.8, target_voxels, 0, random);
+          q.source.cut(less);
+          q.forward.gathered_voxels = q.transposed.written_voxels = q.source.voxels();
+          q.pairs.clear();
+          q.list_pairs();
+          check_pooling(q, less, channels, random.chance(0.5) ? kernel.volume() : 0, random);
+          const uint64_t seed = static_cast<uint64_t>(random.below(1 << 30));
+          for (const Problem* either : {&p, &q}) {
+            check_blocks_of<float>(either->source, either == &p ? full : less, channels, seed);
+            check_blocks_of<double>(either->source, either == &p ? full : less, channels, seed);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Enough voxels for many tiles, chunks and parts.
+void check_large_windows() {
+  Random random(1);
+  const Triple one = {1, 1, 1}, two = {2, 2, 2}, three = {3, 3, 3};
+  const Problem dense({1, {5, 5, 6}, {4, 4, 4}, three, one, one}, {1}, {}, true, 1, 1, 0, random);
+  check_convolution(dense, {3, 5, 1}, random);
+  check_convolution(dense, {3, 3, 3}, random);
+  const Problem sparse({2, {4, 4, 4}, {2, 4, 6}, three, one, one}, {0.9, 0.3}, {}, true, 0.5, 0.5, 0, random);
+  check_convolution(sparse, {17, 33, 1}, random);
+  check_convolution(sparse, {6, 4, 2}, random);
+  const Problem strided({1, {4, 5, 5}, {6, 6, 6}, two, two, {}}, {0.8}, {}, true, 1, 1, 0, random);
+  check_convolution(strided, {3, 18, 1}, random);
+}
+
+void check_norms() {
+  struct Case {
+    std::vector<double> share;
+    Triple grid, block;
+    double voxels;
+  };
+  const Case cases[] = {{{0.5, 0, 1}, {2, 2, 2}, {4, 4, 4}, 1},   {{0.2, 0.9}, {2, 2, 3}, {5, 5, 5}, 0.5},
+                        {{0, 0}, {2, 2, 2}, {2, 2, 2}, 1},        {{1}, {1, 1, 1}, {1, 1, 1}, 1},
+                        {{0.6, 0.1}, {4, 4, 4}, {6, 6, 6}, 1},    {{0.5, 0.5}, {2, 3, 4}, {1, 2, 3}, 0.1},
+                        {{}, {1, 1, 1}, {2, 2, 2}, 1},            {{1, 0.5}, {3, 3, 3}, {2, 4, 6}, 0.7}};
+  Random random(2);
+  for (const Case& c : cases) {
+    const Side side(Layout(static_cast<int64_t>(c.share.size()), c.grid, c.share, random), c.block, c.voxels, random);
+    for (int64_t channels : {1, 3, 17, 33}) {
+      const uint64_t seed = static_cast<uint64_t>(random.below(1 << 30));
+      for (const InstructionSet* set : sets) {
+        check_norm_of<float>(*set, side, channels, seed);
+        check_norm_of<double>(*set, side, channels, seed);
+      }
+    }
+  }
+}
+
+// What ThreadSanitizer must find; run.sh asks for it to know that it would find one in the kernels.
+int race() {
+  volatile int shared = 0;
+#pragma omp parallel for num_threads(2) schedule(static)
+  for (int i = 0; i < 1000; ++i) shared = shared + 1;
+  std::printf("%d of 1000 after a race\n", static_cast<int>(shared));
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  int64_t every = 1;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--race") return race();
+    if (argument == "--every" && i + 1 < count) {
+      every = std::max(1, std::atoi(arguments[++i]));
+    } else {
+      std::fprintf(stderr, "unknown argument %s\n", argument.c_str());
+      return 2;
+    }
+  }
+  const InstructionSet* const known[] = {
+      &s3d::cpu::generic(),
+#ifdef __x86_64__
+      &s3d::cpu::avx2(), &s3d::cpu::avx512(),
+#endif
+      &s3d::cpu::wide()};
+  for (const InstructionSet* set : known) {
+    if (set->supported()) {
+      sets.push_back(set);
+    } else {
+      std::printf("%-8s not on this processor\n", set->name);
+    }
+  }
+  check_windows(every);
+  if (every == 1) check_large_windows();
+  check_norms();
+  int64_t failures = 0;
+  for (const Report& r : reports) {
+    failures += r.failures;
+    std::printf("%-8s %-6s %-33s %5lld problems, error %3.0f %% of the tolerance  %s\n", r.set.c_str(), r.type.c_str(),
+                r.kernel.c_str(), static_cast<long long>(r.problems), 100 * r.worst,
+                r.failures ? ("FAILED " + std::to_string(r.failures)).c_str() : "ok");
+  }
+  std::printf(failures ? "%lld failures\n" : "all good\n", static_cast<long long>(failures));
+  return failures ? 1 : 0;
+}

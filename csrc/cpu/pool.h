@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "s3d/window.h"
@@ -142,7 +143,7 @@ void maximum(const Window& w, const Place& place, const T* in, T* out, int32_t* 
   for_each_voxel(w, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, bool visible) {
     T* to = out + voxel * channels;
     int32_t* winner = winners == nullptr ? nullptr : winners + voxel * channels;
-    std::fill_n(to, channels, T(0));
+    std::fill_n(to, channels, visible ? -std::numeric_limits<T>::infinity() : T(0));
     if (winner != nullptr) std::fill_n(winner, channels, -1);
     if (!visible) return;
     const Inside inside(w, place, row, z, y, x);

@@ -138,7 +138,7 @@ def test_a_killed_process_resumes_from_its_last_checkpoint(images: Path, tmp_pat
     options += ["--validate-every", "4000", "--workers", "0", "--device", "cpu"]
     with open(tmp_path / "output.txt", "wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "s3d", "pretrain", *options], stdout=sink, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "s3d", "pretrain", *options], stdout=sink, stderr=subprocess.STDOUT, cwd=tmp_path
         )
         try:
             deadline = time.monotonic() + 120
@@ -335,6 +335,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_a_checkpoint(images: Path, tmp
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            cwd=tmp_path,
         )
         try:
             deadline = time.monotonic() + 120
@@ -343,7 +344,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_a_checkpoint(images: Path, tmp
                 assert time.monotonic() < deadline, "no progress"
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(60) == 0, (tmp_path / "output.txt").read_text()
+            assert process.wait(300) == 0, (tmp_path / "output.txt").read_text()
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -51,6 +51,7 @@ REGISTRY: dict[str, Backend] = {}
 _current_backend = "auto"
 
 _chosen: dict[Problem, str] = {}
+_said: set[tuple[str, str]] = set()
 
 
 def register(backend: Backend, *, first: bool = True) -> None:
@@ -123,7 +124,12 @@ def choose(name: str, problem: Problem) -> Backend:
         if not able:
             raise ValueError(f"no backend can compute {problem}: {reasons}")
         _chosen[problem] = able[0]
-        _log.debug("auto: %s computes %s", able[0], problem)
+        for passed, reason in reasons.items():
+            if passed == able[0]:
+                break
+            if (passed, str(reason)) not in _said:  # once a process, so that nobody takes the slow way unknowingly
+                _said.add((passed, str(reason)))
+                _log.warning("backend %r is passed over: %s; %r computes instead", passed, reason, able[0])
     return REGISTRY[_chosen[problem]]
 
 

@@ -40,6 +40,7 @@ def spy() -> Iterator[Spy]:
     REGISTRY.clear()
     REGISTRY.update(before)
     backends._chosen.clear()
+    backends._said.clear()
 
 
 def sparse(channels: int = 4) -> BlockSparseTensor:
@@ -52,6 +53,13 @@ def test_auto_takes_the_first_that_can(spy: Spy) -> None:
     assert spy.calls == ["conv3d"]
     sk.SparseConv3d(4, 4, 1, groups=2)(sparse())
     assert spy.calls == ["conv3d"]
+
+
+def test_auto_says_once_whom_it_passes_over(spy: Spy, caplog: pytest.LogCaptureFixture) -> None:
+    x, weight = sparse(), torch.randn(4, 2, 1, 1, 1)
+    for kernel in (weight, weight.repeat(1, 1, 3, 3, 3)):
+        sk.sparse_conv3d(x, kernel, groups=2, padding=kernel.shape[-1] // 2)
+    assert caplog.messages == ["backend 'spy' is passed over: groups are not for spies; 'native' computes instead"]
 
 
 def test_a_named_backend_that_cannot_says_why(spy: Spy) -> None:

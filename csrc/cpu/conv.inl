@@ -268,12 +268,31 @@ void conv3d_depthwise(const Window& window, const T* gathered, const T* weight, 
   }
 }
 
+// Below so many voxels a kernel of few.inl computes.
+constexpr int64_t kFewVoxels = 32;
+
+template <typename T>
+void conv3d_few_forward(const Window&, const T* gathered, const T* weight, const T* bias, T* written,
+                        int64_t in_channels, int64_t out_channels, int64_t groups, int threads);
+template <typename T>
+void conv3d_few_transposed(const Window&, const T* gathered, const T* weight, const T* bias, T* written,
+                           int64_t in_channels, int64_t out_channels, int64_t groups, int threads);
+template <typename T>
+void conv3d_grad_weight_few(const Window&, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
+                            int64_t out_channels, int64_t groups, int threads);
+
 template <typename T>
 void conv3d(const Window& window, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
             int64_t out_channels, int64_t groups, int threads) {
   constexpr int64_t panel = Vector<T>::panel;
   if (groups == in_channels && groups == out_channels) {
     return conv3d_depthwise(window, gathered, weight, bias, written, groups, threads);
+  }
+  const int64_t written_count = window.written_rows * window.written_block.volume();
+  const int64_t gathered_count = window.gathered_rows * window.gathered_block.volume();
+  if (written_count > 0 && (window.transposed ? gathered_count : written_count) < kFewVoxels) {
+    const auto few = window.transposed ? conv3d_few_transposed<T> : conv3d_few_forward<T>;
+    return few(window, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
   }
   const Locator locator(window);
   const int64_t taps = window.taps(), width = window.written_block.w;
@@ -479,7 +498,11 @@ void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad
   if (groups == in_channels && groups == out_channels) {
     return conv3d_grad_weight_depthwise(window, grad, x, grad_weight, groups, threads);
   }
-  if (window.written_rows * window.written_block.volume() < 4096) {
+  const int64_t voxels = window.written_rows * window.written_block.volume();
+  if (voxels > 0 && voxels < kFewVoxels) {
+    return conv3d_grad_weight_few(window, grad, x, grad_weight, in_channels, out_channels, groups, threads);
+  }
+  if (voxels < 4096) {
     return conv3d_grad_weight_small(window, grad, x, grad_weight, in_channels, out_channels, groups, threads);
   }
   const Locator locator(window);

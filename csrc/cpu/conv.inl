@@ -208,7 +208,72 @@ void multiply_pairs(int64_t count, const T* x, int64_t stride, const int64_t* so
   multiply_rest<T, REGISTER_ROWS - 1>(count - i, x, stride, source + i, target + i, weights, depth, accumulators);
 }
 
-// Weights of one group in the order in which tiles read them: [tap, panel, gathered channel, NR], zeros beyond.
+#if defined(__clang__) || __GNUC__ >= 12
+constexpr bool kTransposes = true;
+
+// Both halves of a0 b0 a1 b1 ...
+template <typename V, size_t... I>
+inline void interleave(V a, V b, V* low, V* high, std::index_sequence<I...>) {
+  constexpr int lanes = sizeof...(I);
+  *low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * lanes)...);
+  *high = __builtin_shufflevector(a, b, (lanes / 2 + I / 2 + I % 2 * lanes)...);
+}
+
+// rows[i * row_stride + j] to columns[j * column_stride + i] for i, j in [0, lanes).
+template <typename T>
+inline void transpose(const T* rows, int64_t row_stride, T* columns, int64_t column_stride) {
+  constexpr int lanes = Vector<T>::lanes;
+  typename Vector<T>::type a[lanes], b[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) a[i] = load(rows + i * row_stride);
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      interleave(a[i], a[i + lanes / 2], &b[2 * i], &b[2 * i + 1], std::make_index_sequence<lanes>());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) a[i] = b[i];
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < lanes; ++j) store(columns + j * column_stride, a[j]);
+}
+#else
+constexpr bool kTransposes = false;
+template <typename T>
+inline void transpose(const T*, int64_t, T*, int64_t) {}
+#endif
+
+// Gathered channels [begin, end) of panel p of one group's weight, in the order in which they are multiplied: [tap,
+// channel, NR], zeros beyond; `stride` values from tap to tap.
+template <typename T>
+void pack_panel(const T* weight, bool transposed, int64_t taps, int64_t in_channels, int64_t out_channels, int64_t p,
+                int64_t begin, int64_t end, T* packed, int64_t stride) {
+  constexpr int64_t lanes = Vector<T>::lanes, panel = Vector<T>::panel;
+  const int64_t filled = std::min(panel, (transposed ? in_channels : out_channels) - p * panel);
+  // Of one gathered channel: rows of the panel's channels, taps side by side.
+  const int64_t row = transposed ? taps : in_channels * taps, step = transposed ? in_channels * taps : taps;
+  for (int64_t k = begin; k < end; ++k) {
+    const T* rows = weight + p * panel * row + k * step;
+    T* lines = packed + (k - begin) * panel;
+    if (kTransposes && filled == panel && taps >= lanes) {
+      for (int64_t tap = 0; tap < taps; tap += lanes) {
+        const int64_t first = std::min(tap, taps - lanes);  // the last ones overlap those before
+        for (int64_t j = 0; j < panel; j += lanes) {
+          transpose(rows + j * row + first, row, lines + first * stride + j, stride);
+        }
+      }
+      continue;
+    }
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      T* line = lines + tap * stride;
+      for (int64_t j = 0; j < filled; ++j) line[j] = rows[j * row + tap];
+      for (int64_t j = filled; j < panel; ++j) line[j] = 0;
+    }
+  }
+}
+
+// The whole of it: [tap, panel, gathered channel, NR].
 template <typename T>
 void pack_weights(const T* weight, bool transposed, int64_t taps, int64_t in_channels, int64_t out_channels,
                   T* packed, int threads) {
@@ -218,15 +283,32 @@ void pack_weights(const T* weight, bool transposed, int64_t taps, int64_t in_cha
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int64_t p = 0; p < panels; ++p) {
     for (int64_t k = 0; k < depth; ++k) {
-      const int64_t filled = std::min(panel, wide - p * panel);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        T* line = packed + ((tap * panels + p) * depth + k) * panel;
-        for (int64_t j = 0; j < filled; ++j) {
-          const int64_t out = transposed ? k : p * panel + j, in = transposed ? p * panel + j : k;
-          line[j] = weight[(out * in_channels + in) * taps + tap];
-        }
-        for (int64_t j = filled; j < panel; ++j) line[j] = 0;
-      }
+      pack_panel(weight, transposed, taps, in_channels, out_channels, p, k, k + 1, packed + (p * depth + k) * panel,
+                 panels * depth * panel);
+    }
+  }
+}
+
+// Sums of one panel before the first product, and their way into the output.
+template <typename T>
+void start_sums(const T* bias, int64_t filled, int64_t voxels, T* sums) {
+  constexpr int64_t panel = Vector<T>::panel;
+  for (int64_t v = 0; v < voxels; ++v) {
+    for (int64_t j = 0; j < panel; ++j) sums[v * panel + j] = bias != nullptr && j < filled ? bias[j] : 0;
+  }
+}
+
+template <typename T>
+void write_sums(const T* sums, const uint8_t* visible, int64_t filled, int64_t voxels, T* out, int64_t stride) {
+  constexpr int64_t panel = Vector<T>::panel;
+  for (int64_t v = 0; v < voxels; ++v) {
+    if (visible != nullptr && !visible[v]) {
+      std::fill_n(out + v * stride, filled, T(0));
+    } else if (filled == panel) {
+      store(out + v * stride, load(sums + v * panel));
+      store(out + v * stride + panel / 2, load(sums + v * panel + panel / 2));
+    } else {
+      std::copy_n(sums + v * panel, filled, out + v * stride);
     }
   }
 }
@@ -281,6 +363,63 @@ template <typename T>
 void conv3d_grad_weight_few(const Window&, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
                             int64_t out_channels, int64_t groups, int threads);
 
+// Where voxels are not many more than a few tiles, a packed weight would be written to memory and read back a few times. So
+// a panel is packed slice by slice of the gathered channels, each slice used at once, in the cache, for all voxels.
+constexpr int64_t kVoxelsOfPanel = 1024, kSliceBytes = int64_t(128) << 10;
+
+template <typename T>
+void conv3d_by_panel(const Window& window, const T* gathered, const T* weight, const T* bias, T* written,
+                     int64_t in_channels, int64_t out_channels, int64_t groups, int threads) {
+  constexpr int64_t panel = Vector<T>::panel;
+  const Locator locator(window);
+  const int64_t taps = window.taps(), width = window.written_block.w;
+  const int64_t in_group = in_channels / groups, out_group = out_channels / groups;
+  const int64_t depth = window.transposed ? out_group : in_group, wide = window.transposed ? in_group : out_group;
+  const int64_t gathered_channels = depth * groups, written_channels = wide * groups;
+  const int64_t panels = (wide + panel - 1) / panel, all_panels = panels * groups;
+  const int64_t rows = window.written_rows * window.written_block.d * window.written_block.h;
+  // More threads than panels share the voxels; a result does not depend on how they are cut.
+  const int64_t cuts = std::clamp<int64_t>((2 * threads + all_panels - 1) / all_panels, 1, rows);
+  const int64_t most = (rows + cuts - 1) / cuts * width;
+  const int64_t slice = std::clamp<int64_t>(kSliceBytes / static_cast<int64_t>(taps * panel * sizeof(T)), 1, depth);
+  const int64_t stride = (slice + 1) * panel;  // so that taps do not fall on the same lines of the cache
+  const BufferPerThread<T> all_packed(threads, taps * stride), all_sums(threads, most * panel);
+  std::vector<Pairs> all_pairs(threads, Pairs(window, locator, taps * most));
+  std::vector<int64_t> all_begins(threads * (taps + 1));
+#pragma omp parallel num_threads(threads)
+  {
+    Pairs& pairs = all_pairs[thread_number()];
+    int64_t* begin = all_begins.data() + thread_number() * (taps + 1);
+    T *packed = all_packed.mine(), *sums = all_sums.mine();
+    int64_t listed = -1;
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t cut = 0; cut < cuts; ++cut) {
+      for (int64_t item = 0; item < all_panels; ++item) {
+        const int64_t first = rows * cut / cuts, last = rows * (cut + 1) / cuts, voxels = (last - first) * width;
+        if (listed != cut) {
+          for (int64_t tap = 0; tap < taps; ++tap) begin[tap + 1] = pairs.list(tap, first, last, begin[tap]);
+          listed = cut;
+        }
+        const int64_t group = item / panels, p = item % panels;
+        const int64_t filled = std::min(panel, wide - p * panel), channel = group * wide + p * panel;
+        start_sums(bias == nullptr ? nullptr : bias + channel, filled, voxels, sums);
+        for (int64_t k = 0; k < depth; k += slice) {
+          const int64_t end = std::min(depth, k + slice);
+          pack_panel(weight + group * out_group * in_group * taps, window.transposed, taps, in_group, out_group, p, k,
+                     end, packed, stride);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            multiply_pairs(begin[tap + 1] - begin[tap], gathered + group * depth + k, gathered_channels,
+                           pairs.source.data() + begin[tap], pairs.target.data() + begin[tap], packed + tap * stride,
+                           end - k, sums);
+          }
+        }
+        write_sums(sums, window.written_voxels == nullptr ? nullptr : window.written_voxels + first * width, filled,
+                   voxels, written + first * width * written_channels + channel, written_channels);
+      }
+    }
+  }
+}
+
 template <typename T>
 void conv3d(const Window& window, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
             int64_t out_channels, int64_t groups, int threads) {
@@ -293,6 +432,9 @@ void conv3d(const Window& window, const T* gathered, const T* weight, const T* b
   if (written_count > 0 && (window.transposed ? gathered_count : written_count) < kFewVoxels) {
     const auto few = window.transposed ? conv3d_few_transposed<T> : conv3d_few_forward<T>;
     return few(window, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
+  }
+  if (written_count > 0 && written_count <= kVoxelsOfPanel) {
+    return conv3d_by_panel(window, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
   }
   const Locator locator(window);
   const int64_t taps = window.taps(), width = window.written_block.w;
@@ -330,26 +472,14 @@ void conv3d(const Window& window, const T* gathered, const T* weight, const T* b
           }
           for (int64_t p = piece * per_item; p < std::min(panels, (piece + 1) * per_item); ++p) {
             const int64_t filled = std::min(panel, wide - p * panel), channel = group * wide + p * panel;
-            for (int64_t v = 0; v < voxels; ++v) {
-              for (int64_t j = 0; j < panel; ++j) sums[v * panel + j] = bias != nullptr && j < filled ? bias[channel + j] : 0;
-            }
+            start_sums(bias == nullptr ? nullptr : bias + channel, filled, voxels, sums);
             for (int64_t tap = 0; tap < taps; ++tap) {
               const T* weights = packed.data + (tap * panels + p) * depth * panel;
               multiply_pairs(begin[tap + 1] - begin[tap], x, gathered_channels, pairs.source.data() + begin[tap],
                              pairs.target.data() + begin[tap], weights, depth, sums);
             }
-            T* out = written + first * width * written_channels + channel;
-            for (int64_t v = 0; v < voxels; ++v) {
-              const bool visible = window.written_voxels == nullptr || window.written_voxels[first * width + v];
-              if (!visible) {
-                std::fill_n(out + v * written_channels, filled, T(0));
-              } else if (filled == panel) {
-                store(out + v * written_channels, load(sums + v * panel));
-                store(out + v * written_channels + panel / 2, load(sums + v * panel + panel / 2));
-              } else {
-                std::copy_n(sums + v * panel, filled, out + v * written_channels);
-              }
-            }
+            write_sums(sums, window.written_voxels == nullptr ? nullptr : window.written_voxels + first * width, filled,
+                       voxels, written + first * width * written_channels + channel, written_channels);
           }
         }
       }

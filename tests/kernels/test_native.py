@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import oracle
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
 from s3d_kernels.backends import native
 
-from .test_operators import CASES, MASKS, Case, assert_close, draw, expected, run, seeded, tolerances
+from .test_operators import CASES, MASKS, TOLERANCE, Case, assert_close, draw, expected, run, seeded, tolerances
 
 SETS = native.instruction_sets()
 
@@ -85,12 +86,45 @@ def test_channel_counts(channels: tuple[int, int], instructions: str, method: st
             assert_close(a, b, torch.float32, 1e-5, f"{channels}")
 
 
+FEW_VOXELS: dict[str, Callable[[], BlockMask]] = {
+    "side 1": lambda: BlockMask.random(2, (2, 2, 3), 1, (0.2, 0.7), seeded(4)),
+    "one voxel": lambda: BlockMask.random(1, 1, 1, 0.0),
+    "voxels": lambda: BlockMask.from_voxels(torch.rand(1, 2, 3, 3, generator=seeded(5)) < 0.5, (2, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("channels, groups", [((50, 31), 1), ((3, 130), 1), ((21, 12), 3)], ids=str)
+def test_few_voxels(channels: tuple[int, int], groups: int, stride: tuple[int, int, int], instructions: str) -> None:
+    """Below 32 voxels another kernel computes; its strips and rows have tails of their own."""
+    padding = (1, 0, 1)
+    case = Case(
+        f"conv {channels}",
+        lambda x, w: functional.sparse_conv3d(x, w[0], w[1], stride, padding, groups),
+        lambda x, m, w: oracle.conv3d(x, m, w[0], w[1], stride, padding, groups),
+        ((channels[1], channels[0] // groups, 3, 1, 3), (channels[1],)),
+        channels[0],
+    )
+    native.use_instruction_set(instructions)
+    for name, make in FEW_VOXELS.items():
+        mask = make()
+        assert 0 < mask.num_blocks * math.prod(mask.block) < 32
+        truth = expected(case, mask)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for dtype in (torch.float32, torch.float64):
+                for i, (a, b) in enumerate(zip(run(case, mask, dtype, "native"), truth, strict=True)):
+                    assert_close(a, b, dtype, TOLERANCE[dtype], f"{name}, result {i}")
+
+
 @pytest.mark.parametrize("method", ["direct", "winograd"])
 def test_same_bits_with_any_number_of_threads(method: str) -> None:
     native.use_method(method)
     masks = [BlockMask.random(2, 2, 12, 0.6, seeded(2)), BlockMask.random(1, 3, 2, 0.5, seeded(3)), MASKS["voxels"]()]
+    masks += [make() for make in FEW_VOXELS.values()]
     for mask in masks:
-        for channels, groups in (((20, 36), 1), ((24, 24), 24), ((12, 18), 3)):
+        for channels, groups in (((20, 36), 1), ((24, 24), 24), ((12, 18), 3), ((130, 70), 1)):
             results = []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)

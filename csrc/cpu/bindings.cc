@@ -230,7 +230,7 @@ bool use_winograd(const Window& w, int64_t in_channels, int64_t out_channels, in
 template <typename T>
 void convolve(const Window& w, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
               int64_t out_channels, int64_t groups, int threads) {
-  if (use_winograd(w, in_channels, out_channels, groups, 1024)) {
+  if (use_winograd(w, in_channels, out_channels, groups, 128)) {
     kernels<T>().conv3d_winograd(w, gathered, weight, bias, written, in_channels, out_channels, threads);
   } else {
     kernels<T>().conv3d(w, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
@@ -288,7 +288,7 @@ void conv3d_grad_weight_of(const TensorView& grad, const TensorView& x, Geometry
   T* w = data<T>(grad_weight, "grad_weight", {out, in / groups, k.d, k.h, k.w});
   const T* from = g.target<T>(grad, "grad", out);
   const T* inputs = g.source<T>(x, "x", in);
-  if (use_winograd(g.forward, in, out, groups, 256)) {
+  if (use_winograd(g.forward, in, out, groups, 128)) {
     kernels<T>().conv3d_grad_weight_winograd(g.forward, from, inputs, w, in, out, threads);
   } else {
     kernels<T>().conv3d_grad_weight(g.forward, from, inputs, w, in, out, groups, threads);

@@ -18,6 +18,7 @@ namespace s3d::cpu {
 namespace {
 #include "cpu/conv.inl"
 #include "cpu/few.inl"
+#include "cpu/shallow.inl"
 #include "cpu/winograd.inl"
 #include "cpu/norm.inl"
 

@@ -72,17 +72,23 @@ def convolution(mask: BlockMask, channels: tuple[int, int], groups: int = 1, ker
 
 @pytest.mark.parametrize("method", ["direct", "winograd"])
 @pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("channels", [(1, 1), (1, 33), (17, 5), (16, 32), (50, 31)])
-def test_channel_counts(channels: tuple[int, int], instructions: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [((1, 1), 1), ((1, 33), 1), ((8, 40), 4), ((17, 5), 1), ((16, 32), 1), ((50, 31), 1)],
+    ids=str,
+)
+def test_channel_counts(channels: tuple[int, int], groups: int, instructions: str, method: str) -> None:
+    """Few tiles of Winograd and many (the last mask) are computed in different ways; so are few channels of a group."""
     native.use_instruction_set(instructions)
     native.use_method(method)
-    for mask in (BlockMask.random(2, 2, 6, (0.2, 0.8), seeded(1)), MASKS["voxels"]()):
-        x = draw((2, channels[0], *mask.shape), 1, torch.float64).requires_grad_()
-        weight = draw((channels[1], channels[0], 3, 3, 3), 2, torch.float64).requires_grad_()
+    many = BlockMask.random(1, (1, 2, 2), 12, 0.25, seeded(6))
+    for mask in (BlockMask.random(2, 2, 6, (0.2, 0.8), seeded(1)), MASKS["voxels"](), many):
+        x = draw((mask.batch, channels[0], *mask.shape), 1, torch.float64).requires_grad_()
+        weight = draw((channels[1], channels[0] // groups, 3, 3, 3), 2, torch.float64).requires_grad_()
         bias = draw((channels[1],), 3, torch.float64).requires_grad_()
-        y = oracle.conv3d(x, mask.to_dense(), weight, bias, (1, 1, 1), (1, 1, 1), 1)
+        y = oracle.conv3d(x, mask.to_dense(), weight, bias, (1, 1, 1), (1, 1, 1), groups)
         truth = [y.detach(), *torch.autograd.grad(y, [x, weight, bias], draw(y.shape, 4, torch.float64))]
-        for a, b in zip(convolution(mask, channels), truth, strict=True):
+        for a, b in zip(convolution(mask, channels, groups), truth, strict=True):
             assert_close(a, b, torch.float32, 1e-5, f"{channels}")
 
 
@@ -95,7 +101,7 @@ FEW_VOXELS: dict[str, Callable[[], BlockMask]] = {
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 1)], ids=str)
-@pytest.mark.parametrize("channels, groups", [((50, 31), 1), ((3, 130), 1), ((21, 12), 3)], ids=str)
+@pytest.mark.parametrize(("channels", "groups"), [((50, 31), 1), ((3, 130), 1), ((21, 12), 3)], ids=str)
 def test_few_voxels(channels: tuple[int, int], groups: int, stride: tuple[int, int, int], instructions: str) -> None:
     """Below 32 voxels another kernel computes; its strips and rows have tails of their own."""
     padding = (1, 0, 1)
@@ -124,7 +130,7 @@ def test_same_bits_with_any_number_of_threads(method: str) -> None:
     masks = [BlockMask.random(2, 2, 12, 0.6, seeded(2)), BlockMask.random(1, 3, 2, 0.5, seeded(3)), MASKS["voxels"]()]
     masks += [make() for make in FEW_VOXELS.values()]
     for mask in masks:
-        for channels, groups in (((20, 36), 1), ((24, 24), 24), ((12, 18), 3), ((130, 70), 1)):
+        for channels, groups in (((20, 36), 1), ((24, 24), 24), ((12, 18), 3), ((130, 70), 1), ((2, 20), 1)):
             results = []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)

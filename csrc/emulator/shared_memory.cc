@@ -7,9 +7,8 @@ namespace {
 
 constexpr uint32_t kGranuleBytes = 2;
 constexpr uint16_t kThread = 1023;
-constexpr uint16_t kPending = 1 << 15;    // written by an asynchronous copy that is not waited for
-constexpr uint16_t kAtomic = 1 << 14;     // written by an atomic operation
-constexpr uint16_t kManyWarps = 1 << 15;  // read by threads of several warps
+constexpr uint16_t kPending = 1 << 15;  // written by an asynchronous copy that is not waited for
+constexpr uint16_t kAtomic = 1 << 14;   // written by an atomic operation
 constexpr uint16_t kManyLanes = 1 << 14;  // read by several threads of one warp
 
 std::string of(int thread, int line) {
@@ -72,12 +71,11 @@ void SharedMemory::check_read(uint32_t address, uint32_t bytes, const Moment& mo
            "reads shared memory with no barrier since the write" + of(granule->writer, granule->write_line),
            moment.where);
     }
-    if (granule->read_time >= moment.last_barrier && !same_warp(granule->reader, moment.thread)) {
-      granule->reader |= kManyWarps;
-    } else if (granule->read_time < moment.last_barrier || (granule->reader & kManyWarps) == 0) {
-      const bool alone = granule->read_time < moment.last_sync || granule->reader == me;
-      granule->reader = alone ? me : me | kManyLanes;
-    }
+    // A warp runs from barrier to barrier before another does. So a reader of another warp is remembered instead of this
+    // one: whoever writes before the next barrier is of this warp or of one that comes later.
+    if (granule->read_time >= moment.last_barrier && !same_warp(granule->reader, moment.thread)) continue;
+    const bool alone = granule->read_time < moment.last_sync || granule->reader == me;
+    granule->reader = alone ? me : me | kManyLanes;
     granule->read_time = moment.now;
     granule->read_line = static_cast<uint16_t>(moment.where.line);
   }
@@ -100,13 +98,11 @@ void SharedMemory::check_write(uint32_t address, uint32_t bytes, const Moment& m
            "writes shared memory with no barrier since the write" + of(granule->writer, granule->write_line),
            moment.where);
     }
-    const bool many_warps = (granule->reader & kManyWarps) != 0;
     const bool read = (granule->reader & kManyLanes) == 0 && (granule->reader & kThread) == moment.thread;
     if (find_races && granule->read_time >= moment.last_barrier &&
-        (many_warps || unordered(granule->read_time, granule->reader, read, moment))) {
+        unordered(granule->read_time, granule->reader, read, moment)) {
       fail(FaultKind::kRace,
-           "writes shared memory with no barrier since the read" + of(granule->reader, granule->read_line) +
-               (many_warps ? ", or another" : ""),
+           "writes shared memory with no barrier since the read" + of(granule->reader, granule->read_line),
            moment.where);
     }
     granule->write_time = moment.now;

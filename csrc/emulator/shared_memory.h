@@ -45,7 +45,7 @@ class SharedMemory {
   void end_copy(uint32_t address, const void* from, uint32_t bytes, const Moment& moment);
 
  private:
-  // The last write and the reads since, of two bytes.
+  // The last write of two bytes, and of the reads since then as many as it takes to see that another write is a race.
   struct Granule {
     uint32_t write_time;  // 0: never
     uint16_t writer;      // thread and flags

@@ -46,6 +46,27 @@ __global__ void neighbours_kernel() {
   values[threadIdx.x] += 1;
 }
 
+// All lanes read one place, one of them writes it. A shuffle orders no accesses to memory.
+__global__ void read_then_write_kernel(int writer, bool sync) {
+  S3D_SHARED(int, value, 1);
+  if (threadIdx.x == 0) value[0] = 0;
+  __syncthreads();
+  const int read = value[0];
+  const int same = __shfl_xor_sync(0xFFFFFFFF, read, 1);
+  if (sync) __syncwarp();
+  if (static_cast<int>(threadIdx.x) == writer) value[0] = same + 1;
+}
+
+__global__ void matrix_then_write_kernel(bool sync) {
+  S3D_SHARED(uint16_t, tile, 8 * 8);
+  for (int i = threadIdx.x; i < 8 * 8; i += 32) tile[i] = 0;
+  __syncwarp();
+  uint32_t registers[1];
+  cuda::ldmatrix(registers, tile + threadIdx.x % 8 * 8);
+  if (sync) __syncwarp();
+  if (threadIdx.x == 2) tile[2 * 8] = 1;
+}
+
 __global__ void atomic_kernel(bool read_too) {
   S3D_SHARED(int, count, 1);
   if (threadIdx.x == 0) count[0] = 0;
@@ -76,6 +97,11 @@ __global__ void dynamic_range_kernel(int first) {
 
 __global__ void aligned_global_kernel(Global<const float> x, Global<float> y, int first) {
   store(y, load<float4>(x + first));
+}
+
+__global__ void aligned_copy_kernel(Global<const float> x, int first) {
+  cuda::cp_async<8>(cuda::dynamic_shared<float>(0, 16), x + first, 0);
+  cuda::cp_async_wait_all();
 }
 
 __global__ void aligned_shared_kernel(int first) {
@@ -173,6 +199,17 @@ void planted_races() {
   expect_fault("two writes", {FaultKind::kRace}, {"since the write"},
                [] { launch("one_place", one_place_kernel, 1, 64, 0, nullptr); });
   launch("one_place", one_place_kernel, 1, 32, 0, nullptr);
+  for (int writer = 0; writer < 32; ++writer) {
+    launch("read_then_write", read_then_write_kernel, 1, 32, 0, nullptr, writer, true);
+    if (writer % 8 != 0) continue;
+    expect_fault("write after reads of the warp", {FaultKind::kRace}, {"since the read"},
+                 [=] { launch("read_then_write", read_then_write_kernel, 1, 32, 0, nullptr, writer, false); });
+  }
+  expect_fault("write after reads of two warps", {FaultKind::kRace}, {"read_then_write"},
+               [] { launch("read_then_write", read_then_write_kernel, 1, 64, 0, nullptr, 40, true); });
+  launch("matrix_then_write", matrix_then_write_kernel, 1, 32, 0, nullptr, true);
+  expect_fault("write after ldmatrix", {FaultKind::kRace}, {"thread (2, 0, 0)", "since the read"},
+               [] { launch("matrix_then_write", matrix_then_write_kernel, 1, 32, 0, nullptr, false); });
   launch("neighbours", neighbours_kernel<uint16_t>, 1, 128, 0, nullptr);
   launch("neighbours", neighbours_kernel<uint8_t>, 1, 128, 0, nullptr);
   launch("atomic", atomic_kernel, 1, 64, 0, nullptr, false);
@@ -245,6 +282,9 @@ void planted_addresses() {
   expect_fault("misaligned global vector", {FaultKind::kMisaligned}, {"16-byte"}, [&] {
     launch("aligned_global", aligned_global_kernel, 1, 1, 0, nullptr, x.data(), y.data(), 2);
   });
+  launch("aligned_copy", aligned_copy_kernel, 1, 1, 64, nullptr, x.data(), 2);
+  expect_fault("misaligned source of a copy", {FaultKind::kMisaligned}, {"8-byte access to global"},
+               [&] { launch("aligned_copy", aligned_copy_kernel, 1, 1, 64, nullptr, x.data(), 3); });
   expect_fault("misaligned shared vector", {FaultKind::kMisaligned}, {"8-byte", "byte 12"},
                [] { launch("aligned_shared", aligned_shared_kernel, 1, 1, 64, nullptr, 3); });
   launch("aligned_matrix", aligned_matrix_kernel, 1, 32, 2048, nullptr, 8);

@@ -60,6 +60,7 @@ uint32_t bits(fp16 value) { return value.bits; }
 template <typename T, int kK, int kElementsA, int kElementsB>
 void check_mma(const Element (&layout_a)[kElementsA], const Element (&layout_b)[kElementsB]) {
   constexpr int kPerRegister = kElementsA / 4;
+  constexpr uint32_t kIgnored = kPerRegister == 1 ? 0x1ABC : 0;  // of the bits that TF32 does not have
   float a[16][kK], b[kK][8], c[16][8];
   // Small whole numbers: exact in every format, and no two rows or columns alike.
   for (int i = 0; i < 16; ++i) {
@@ -73,11 +74,11 @@ void check_mma(const Element (&layout_a)[kElementsA], const Element (&layout_b)[
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < kElementsA; ++i) {
       const float value = a[row_of(layout_a[i], lane)][column_of(layout_a[i], lane)];
-      registers_a[lane * 4 + i / kPerRegister] |= bits(cuda::from_float<T>(value)) << i % kPerRegister * 16;
+      registers_a[lane * 4 + i / kPerRegister] |= kIgnored | bits(cuda::from_float<T>(value)) << i % kPerRegister * 16;
     }
     for (int i = 0; i < kElementsB; ++i) {
       const float value = b[row_of(layout_b[i], lane)][column_of(layout_b[i], lane)];
-      registers_b[lane * 2 + i / kPerRegister] |= bits(cuda::from_float<T>(value)) << i % kPerRegister * 16;
+      registers_b[lane * 2 + i / kPerRegister] |= kIgnored | bits(cuda::from_float<T>(value)) << i % kPerRegister * 16;
     }
     for (int i = 0; i < 4; ++i) {
       c[row_of(kC[i], lane)][column_of(kC[i], lane)] = registers_c[lane * 4 + i] = static_cast<float>(lane * 4 + i);

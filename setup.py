@@ -46,8 +46,9 @@ def compiler() -> list[str] | None:
 def hash_of_sources() -> str:
     """What `s3d_kernels.backends.native` compares where it runs beside the sources."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".inl", ".cc") and "tests" not in p.parts):
-        digest.update(path.read_bytes())
+    for folder in ("cpu", "include"):
+        for path in sorted(p for p in (CSRC / folder).rglob("*") if p.suffix in (".h", ".inl", ".cc")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Builds and runs the stand-alone tests of the native CPU kernels: csrc/tests/run.sh [VARIANT...]
-#   plain    as it is
+# Builds and runs the stand-alone tests of the native kernels: csrc/tests/run.sh [VARIANT...]
+#   emulator           the emulator of CUDA: right kernels pass, planted faults are found
+#   emulator_ucontext  the same without its assembly, with UndefinedBehaviorSanitizer
+# and of the CPU kernels
+#   plain    as they are
 #   address  with AddressSanitizer and UndefinedBehaviorSanitizer
 #   thread   with ThreadSanitizer: needs clang, its libomp and archer
 #   neon     for aarch64, run by qemu: needs aarch64-linux-gnu-g++ and qemu-aarch64
@@ -117,12 +120,43 @@ sys.exit(
 END
 }
 
+# build_emulator FOLDER FLAGS...
+build_emulator() {
+  local folder=$1 source job jobs=()
+  shift
+  mkdir -p "$folder"
+  for source in "$csrc"/emulator/*.cc "$csrc"/emulator/tests/*.cc "$csrc"/emulator/tests/test_*.cu; do
+    # shellcheck disable=SC2086
+    "${CXX:-c++}" -std=c++17 -O1 -Wall -Wextra -Wno-unknown-pragmas -DS3D_EMULATOR "-I$csrc" "$@" ${CXXFLAGS:-} \
+      -x c++ -c "$source" -o "$folder/$(basename "$source").o" &
+    jobs+=($!)
+    if [[ ${#jobs[@]} -ge $(nproc) ]]; then
+      wait "${jobs[0]}"
+      jobs=("${jobs[@]:1}")
+    fi
+  done
+  for job in "${jobs[@]}"; do wait "$job"; done
+  # shellcheck disable=SC2086
+  "${CXX:-c++}" "$@" ${CXXFLAGS:-} "$folder"/*.o -o "$folder/test_emulator"
+}
+
+emulator() {
+  build_emulator "$work/emulator"
+  "$work/emulator/test_emulator"
+  "$work/emulator/test_emulator" --speed
+}
+
+emulator_ucontext() {
+  build_emulator "$work/ucontext" -DS3D_EMULATOR_UCONTEXT -g -fsanitize=undefined -fno-sanitize-recover=all
+  "$work/ucontext/test_emulator"
+}
+
 variants=("$@")
-[[ $# -gt 0 ]] || variants=(plain address thread neon)
+[[ $# -gt 0 ]] || variants=(emulator emulator_ucontext plain address thread neon)
 for variant in "${variants[@]}"; do
   case $variant in
-    plain | address | thread | neon | python) ;;
-    *) echo "unknown variant $variant; known: plain address thread neon python" >&2 && exit 2 ;;
+    emulator | emulator_ucontext | plain | address | thread | neon | python) ;;
+    *) echo "unknown variant $variant; known: emulator emulator_ucontext plain address thread neon python" >&2 && exit 2 ;;
   esac
   echo "== $variant"
   # Not in a condition, where the shell would go on behind errors.

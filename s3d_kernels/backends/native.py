@@ -50,9 +50,9 @@ def _load() -> tuple[Any, str | None]:
 def _hash_of_sources() -> str:
     """As in setup.py."""
     digest = hashlib.sha256()
-    files = (path for path in SOURCES.rglob("*") if path.suffix in (".h", ".inl", ".cc") and "tests" not in path.parts)
-    for path in sorted(files):
-        digest.update(path.read_bytes())
+    for folder in ("cpu", "include"):
+        for path in sorted(p for p in (SOURCES / folder).rglob("*") if p.suffix in (".h", ".inl", ".cc")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -39,8 +39,12 @@ def test_kernels() -> None:
     run("plain", 500)
 
 
+def test_emulator() -> None:
+    run("emulator", 500)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("variant", ["address", "thread", "neon", "python"])
+@pytest.mark.parametrize("variant", ["address", "thread", "neon", "python", "emulator_ucontext"])
 def test_kernels_under_sanitizers_and_on_arm(variant: str) -> None:
     run(variant, 3500)

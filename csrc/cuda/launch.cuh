@@ -1,0 +1,44 @@
+// Starts kernels; for the host.
+//
+//   launch(name, kernel, grid, block, shared_bytes, stream, arguments...)
+//
+// `name` stands in errors and in the emulator's counters. An empty grid starts nothing. Does not wait: an error of the
+// kernel itself shows later, as always in CUDA. Throws std::runtime_error with the name if the launch is refused.
+#pragma once
+
+#include "cuda/device.cuh"
+
+#ifdef S3D_EMULATOR
+#include "emulator/launch.h"
+#else
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace s3d::cuda {
+
+inline void check_launch(cudaError_t error, const char* name) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next one to ask would take it for its own
+  throw std::runtime_error(std::string(name) + " cannot be launched: " + cudaGetErrorString(error));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments&&... arguments) {
+  constexpr size_t kAlwaysAllowed = 48 << 10;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const auto* const function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kAlwaysAllowed) {
+    check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)),
+                 name);
+  }
+  std::tuple<Parameters...> parameters(static_cast<Parameters>(arguments)...);
+  void* pointers[sizeof...(Parameters) + 1];
+  std::apply([&](auto&... each) { size_t i = 0; ((pointers[i++] = &each), ...); }, parameters);
+  check_launch(cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream), name);
+}
+
+}  // namespace s3d::cuda
+#endif

@@ -29,7 +29,7 @@ void gather(const T* dense, const Volume& volume, const int32_t* index, const ui
         T* to = blocks + voxel * volume.channels;
         const bool outside = z >= volume.shape.d || y >= volume.shape.h || x >= volume.shape.w;
         if (outside || (voxels != nullptr && !voxels[voxel])) {
-          std::fill_n(to, volume.channels, T(0));
+          std::fill_n(to, volume.channels, T{});
           continue;
         }
         const int64_t* s = volume.strides;

@@ -34,7 +34,11 @@ void gather(const T* dense, const Volume& volume, const int32_t* index, const ui
         }
         const int64_t* s = volume.strides;
         const T* from = dense + at[0] * s[0] + z * s[2] + y * s[3] + x * s[4];
-        for (int64_t c = 0; c < volume.channels; ++c) to[c] = from[c * s[1]];
+        if (s[1] == 1) {  // channels last: lines as they are
+          std::copy_n(from, volume.channels, to);
+        } else {
+          for (int64_t c = 0; c < volume.channels; ++c) to[c] = from[c * s[1]];
+        }
       }
     }
   }

@@ -96,6 +96,20 @@ def norm_case(name: str, groups: int | str, sparse: Callable[..., BlockSparseTen
     )
 
 
+def _residual_block(x: BlockSparseTensor, w: Sequence[Tensor]) -> BlockSparseTensor:
+    """A narrow convolution, whose output and all that follows from it backward computes again, and a block behind."""
+    stem = F.leaky_relu(functional.sparse_instance_norm(functional.sparse_conv3d(x, w[0], w[1])), 0.1)
+    branch = functional.sparse_instance_norm(functional.sparse_conv3d(stem, w[2], None, 1, 1), w[3])
+    return functional.sparse_conv3d(F.leaky_relu(branch + stem, 0.1), w[4], None, 1, 1)
+
+
+def _dense_residual_block(x: Tensor, m: Tensor, w: Sequence[Tensor]) -> Tensor:
+    unit, none = (1, 1, 1), (0, 0, 0)
+    stem = F.leaky_relu(oracle.norm(oracle.conv3d(x, m, w[0], w[1], unit, none, 1), m, None, None, 1e-5, 4), 0.1)
+    branch = oracle.norm(oracle.conv3d(stem, m, w[2], None, unit, unit, 1), m, w[3], None, 1e-5, 4)
+    return F.leaky_relu(branch + stem, 0.1)
+
+
 CASES = [
     conv_case("conv 3", (3, 3, 3), padding=(1, 1, 1)),
     conv_case("conv 1", (1, 1, 1)),
@@ -139,6 +153,12 @@ CASES = [
             F.leaky_relu(oracle.norm(x, m, w[0], w[1], 1e-5, 4), 0.1), m, w[2], w[3], (1, 1, 1), (1, 1, 1), 1
         ),
         ((4,), (4,), (6, 4, 3, 3, 3), (6,)),
+    ),
+    Case(
+        "conv after residual block",
+        _residual_block,
+        lambda x, m, w: oracle.conv3d(_dense_residual_block(x, m, w), m, w[4], None, (1, 1, 1), (1, 1, 1), 1),
+        ((4, 4, 1, 1, 1), (4,), (4, 4, 3, 3, 3), (4,), (6, 4, 3, 3, 3)),
     ),
     pool_case("average 2", "avg", (2, 2, 2), (2, 2, 2), (0, 0, 0)),
     pool_case("average 3", "avg", (3, 3, 3), (2, 2, 2), (1, 1, 1)),
@@ -296,7 +316,8 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
             (blocks.gather_blocks, (last, *where)),
             (blocks.scatter_blocks, (x, torch.randn(4, requires_grad=True), *where)),
             (norm.norm_statistics, (x.detach(), *where)),
-            (norm.norm_apply, (x.detach(), table, table, table, *where[:-1], 0.1, name)),
+            (norm.norm_apply, (x.detach(), table, table, table, None, *where[:-1], 0.1, name)),
+            (norm.norm_apply, (x.detach(), table, table, table, grad, *where[:-1], 0.1, name)),
             (norm.norm_grad_sums, (grad, x.detach(), None, *[table] * 4, *where[:-1], 1.0, name)),
             (norm.norm_grad_sums, (grad, x.detach(), None, *[table] * 4, *where[:-1], 0.1, name)),
             (norm.norm_grad_sums, (grad, x.detach(), grad, *[table] * 4, *where[:-1], 0.1, name)),
@@ -313,8 +334,8 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
         weight, bias = torch.randn(6, 4, 3, 3, 3, requires_grad=True), torch.randn(6, requires_grad=True)
         out = torch.randn(mask.num_blocks, *mask.block, 6, requires_grad=True)
         calls += [
-            (conv.conv3d, (x, weight, bias, *[None] * 5, 1.0, *tensors, 1, name)),
-            (conv.conv3d, (x, weight, bias, x.detach(), table, table, table, where[2], 0.1, *tensors, 1, name)),
+            (conv.conv3d, (x, weight, bias, *tensors, 1, name)),
+            (conv.conv3d, (x, weight.detach(), None, *tensors, 1, name)),
             (conv.conv3d_grad_input, (out, weight, *tensors, 1, name)),
             (conv.conv3d_grad_weight, (out, x, *tensors, 1, name)),
             (pool.pool3d, (x, *tensors, "max", 27, name)),

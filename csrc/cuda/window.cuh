@@ -1,6 +1,7 @@
 // A window (s3d/window.h) as kernels see it, and where a written voxel finds its input under a tap.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 

@@ -1,4 +1,4 @@
-// Convolution and its gradients: random masks, every kind of window, odd numbers of channels, groups.
+// Convolution and the gradient of its input: random masks, every kind of window, odd numbers of channels, groups.
 #include "cuda/tests/results.h"
 #include "tests/problem.h"
 
@@ -111,9 +111,9 @@ void test_conv3d() {
       const bool same_blocks = visible == 1.0;
       const Problem p(c.shape, c.share, c.share, same_blocks, visible, visible, 0, random);
       check_problem<bf16>(p, c.channels, Math::kTensorCores, seed);
-      check_problem<fp16>(p, c.channels, Math::kTensorCores, seed);
-      check_problem<float>(p, c.channels, Math::kTensorCores, seed);
-      check_problem<float>(p, c.channels, Math::kExact, seed);
+      if (seed % 3 == 0) check_problem<fp16>(p, c.channels, Math::kTensorCores, seed);
+      if (seed % 3 == 1) check_problem<float>(p, c.channels, Math::kTensorCores, seed);
+      if (seed % 3 == 2) check_problem<float>(p, c.channels, Math::kExact, seed);
     }
   }
 }

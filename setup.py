@@ -31,7 +31,7 @@ FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 # what every processor can run comes first.
 SOURCES: dict[str, list[str]] = {"bindings.cc": [], "isa_generic.cc": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    SOURCES["isa_avx2.cc"] = ["-mavx2", "-mfma"]
+    SOURCES["isa_avx2.cc"] = ["-mavx2", "-mfma", "-mf16c"]
     SOURCES["isa_avx512.cc"] = ["-mavx512f", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -146,9 +147,10 @@ def test_layers(settings: Settings, results: list[dict[str, Any]], benchmark: Be
                 layer = to_sparse(make()).to(device)
                 blocks = torch.randn(mask.num_blocks, *mask.block, channels, device=device, requires_grad=True)
                 x = BlockSparseTensor(blocks, mask)
-                contenders = {backend: _sparse(layer, x, backend) for backend in names}
+                # Weights of their own, so that none finds them in the cache because of the one before.
+                contenders = {backend: _sparse(copy.deepcopy(layer), x, backend) for backend in names}
                 if square and device == "cpu" and "native" in names:
-                    contenders[DIRECT] = _sparse(layer, x, DIRECT)
+                    contenders[DIRECT] = _sparse(copy.deepcopy(layer), x, DIRECT)
                     contenders["dense"] = peers.dense_convolution(channels, mask, torch.contiguous_format)
                     contenders["dense, channels last"] = peers.dense_convolution(channels, mask, torch.channels_last_3d)
                     spconv = peers.spconv_convolution(channels, mask)

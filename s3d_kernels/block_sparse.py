@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .backends import BlockGeometry, current_backend
 from .block_mask import BlockMask
-from .fused_norm import PendingNorm, Recipe
+from .fused_norm import PendingNorm
 from .operators import gather_blocks, scatter_blocks
+from .recompute import Kept, Recipe
 
 
 class BlockSparseTensor:
@@ -43,7 +44,6 @@ class BlockSparseTensor:
         self._pending: PendingNorm | None = None
         self._recipe: Recipe | None = None
         self._recipe_version = 0
-        self._kept = False  # whether backward needs the features as they are
         self._waiting: list[weakref.ref[BlockSparseTensor]] = []  # results that still have to read these features
         self._operands: tuple[BlockSparseTensor, ...] = ()  # what this waits for
         self.mask = mask
@@ -76,11 +76,22 @@ class BlockSparseTensor:
 
     @property
     def recipe(self) -> Recipe | None:
-        """How to compute the features again, where an earlier layer keeps all that it takes."""
+        """How backward gets the features without keeping them for this, or None."""
         if self._recipe is None or torch.compiler.is_compiling():
             return None
         unchanged = self.blocks._version == self._recipe_version and self._recipe.holds
         return self._recipe if unchanged else None
+
+    def with_recipe(self, recipe: Recipe | None) -> BlockSparseTensor:
+        """The same features, and how backward gets them."""
+        x = self.with_blocks(self.blocks)
+        x._remember(recipe)
+        return x
+
+    def _remember(self, recipe: Recipe | None) -> None:
+        self._recipe = recipe
+        if recipe is not None:
+            self._recipe_version = self.blocks._version
 
     @property
     def _like(self) -> Tensor:
@@ -90,11 +101,9 @@ class BlockSparseTensor:
     def _finish(self, slope: float) -> None:
         assert self._pending is not None
         norm = self._pending
-        self._blocks, self._recipe = norm.compute(slope)
-        if self._recipe is not None:
-            self._recipe_version = self._blocks._version
-        self._kept = norm.residual is not None and slope != 1.0 and self._blocks.requires_grad
+        self._blocks, recipe = norm.compute(slope)
         self._pending, self._operands = None, ()
+        self._remember(recipe)
 
     def _before_modification(self) -> None:
         """Let results that wait for these features read them, and leave what backward keeps alone."""
@@ -103,8 +112,9 @@ class BlockSparseTensor:
             if result is not None and result._pending is not None:
                 result._finish(1.0)
         self._waiting = []
-        if self._kept:
-            self._blocks, self._kept = self.blocks.clone(), False
+        if isinstance(self._recipe, Kept):
+            self._blocks = self.blocks.clone()
+        self._recipe = None
 
     @classmethod
     def from_dense(cls, x: Tensor, mask: BlockMask, backend: str | None = None) -> BlockSparseTensor:
@@ -342,7 +352,7 @@ def _fused_addition(x: Any, other: Any) -> BlockSparseTensor | None:
     if not x.mask.same_layout(other.mask):
         return None
     residual = other.blocks  # which finishes x, if both are the same
-    norm = None if x._pending is None else x._pending.plus(residual)
+    norm = None if x._pending is None else x._pending.plus(residual, other.recipe)
     return None if norm is None else BlockSparseTensor.of_norm(norm, x.mask, other, *x._operands)
 
 

@@ -14,7 +14,9 @@ from .backends import WindowGeometry, current_backend
 from .backends.interface import PoolKind
 from .block_mask import BlockMask, Triple, triple
 from .block_sparse import BlockSparseTensor, block_geometry
-from .fused_norm import PendingNorm, Recipe
+from .fused_norm import PendingNorm
+from .operators.conv import SAVED_X
+from .recompute import ConvRecipe, Kept, compute_instead
 
 
 def sparse_conv3d(
@@ -57,10 +59,14 @@ def sparse_conv3d(
     if padding != "same":
         _check_volume(geometry)
     blocks, weight, bias = _autocast(source.blocks, weight, bias)
-    recipe = source.recipe if blocks is source.blocks else None
-    again = _recipe_arguments(recipe, source.mask)
-    y = operators.conv3d(blocks, weight, bias, *again, *_arguments(geometry), groups, backend or current_backend())
-    return BlockSparseTensor(y, target)
+    arguments = (*_arguments(geometry), groups, backend or current_backend())
+    y = BlockSparseTensor(operators.conv3d(blocks, weight, bias, *arguments), target)
+    if torch.compiler.is_compiling() or y.blocks.grad_fn is None or not weight.requires_grad:
+        return y
+    recipe = (source.recipe if blocks is source.blocks else None) or Kept(blocks)
+    if not isinstance(recipe, Kept):
+        compute_instead(y.blocks, SAVED_X, recipe.features)
+    return y.with_recipe(ConvRecipe.of(recipe, weight, bias, arguments))
 
 
 def sparse_conv_transpose3d(
@@ -292,6 +298,7 @@ def _normalize(
         count.contiguous(),
         block_geometry(x.mask),
         (over, groups, synchronise, backend or current_backend()),
+        x.recipe,
     )
     if not PendingNorm.may_wait(x.blocks):
         return x.with_blocks(norm.compute(1.0)[0])
@@ -368,14 +375,6 @@ def _check_volume(geometry: WindowGeometry) -> None:
 def _arguments(geometry: WindowGeometry) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, list[int]]:
     g = geometry
     return g.source_index, g.source_voxels, g.target_index, g.target_voxels, g.table, g.sizes()
-
-
-def _recipe_arguments(
-    recipe: Recipe | None, mask: BlockMask
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
-    if recipe is None:
-        return None, None, None, None, None, 1.0
-    return recipe.x, recipe.mean, recipe.scale, recipe.shift, mask.sample_offsets, recipe.slope
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,27 +9,8 @@ from torch import Tensor
 
 from . import operators
 from .backends import BlockGeometry
-from .operators.norm import affine_tables
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How activated features follow from the input of their normalisation: leaky_relu((x - mean) * scale + shift).
-
-    A layer that needs its input in backward keeps this and not the features: x is kept for the normalisation anyway.
-    """
-
-    x: Tensor  # [V, bd, bh, bw, C]
-    mean: Tensor  # [N, C]
-    scale: Tensor  # [N, C]
-    shift: Tensor  # [N, C]
-    slope: float
-    version: int  # of x when the features were computed
-
-    @property
-    def holds(self) -> bool:
-        """Whether x is what it was."""
-        return self.x._version == self.version
+from .operators.norm import SAVED_X, SAVED_Y, affine_tables
+from .recompute import MAX_STEPS, Kept, NormRecipe, Recipe, compute_instead
 
 
 @dataclass(frozen=True)
@@ -45,7 +26,9 @@ class PendingNorm:
         count: values that each statistic was taken over, [N, C] or [1, C].
         geometry: where the rows lie.
         shared: over, groups, synchronise and backend, as ``operators.normalize`` takes them.
+        x_recipe: how to compute x again, or None.
         residual: features [V, bd, bh, bw, C] that are added to the result, or None.
+        residual_recipe: how to compute residual again, or None.
         grad_mode: whether gradients were recorded when the norm was called.
         versions: of x, weight, bias and residual at their calls.
     """
@@ -58,7 +41,9 @@ class PendingNorm:
     count: Tensor
     geometry: BlockGeometry
     shared: tuple[str, int, bool, str]
+    x_recipe: Recipe | None = None
     residual: Tensor | None = None
+    residual_recipe: Recipe | None = None
     grad_mode: bool = field(default_factory=torch.is_grad_enabled)
     versions: tuple[int | None, ...] = ()
 
@@ -71,16 +56,16 @@ class PendingNorm:
         """The same, knowing the present versions of its operands."""
         return replace(self, versions=self._versions())
 
-    def plus(self, residual: Tensor) -> PendingNorm | None:
+    def plus(self, residual: Tensor, recipe: Recipe | None) -> PendingNorm | None:
         """The same with features to add, or None if an addition afterwards would give something else."""
         fits = residual.shape == self.x.shape and residual.dtype == self.x.dtype and not residual.is_inference()
         if self.residual is not None or not fits or self.grad_mode != torch.is_grad_enabled():
             return None
         self._check()
-        return replace(self, residual=residual).waiting()
+        return replace(self, residual=residual, residual_recipe=recipe).waiting()
 
     def compute(self, slope: float) -> tuple[Tensor, Recipe | None]:
-        """The features after LeakyReLU (slope 1: none), and their recipe where x suffices to compute them again.
+        """The features after LeakyReLU (slope 1: none), and how backward gets them, if it can without keeping them.
 
         Raises:
             RuntimeError: an operand was modified in place since the norm was called.
@@ -104,11 +89,30 @@ class PendingNorm:
                 slope,
                 *self.shared,
             )
-        if self.residual is not None or not self.versions or not (self.grad_mode and self.x.requires_grad):
+        if not self.versions or not y.requires_grad:
             return y, None
+        return y, self._relieve(y, slope)
+
+    def _relieve(self, y: Tensor, slope: float) -> Recipe | None:
+        """Take from the graph what backward can compute again. Returns: the recipe of y."""
+        x: Recipe = Kept(self.x)
+        if self.x_recipe is not None and self.x_recipe.holds and self.x_recipe.steps < MAX_STEPS:
+            x = self.x_recipe
+            if not isinstance(x, Kept):
+                compute_instead(y, SAVED_X, x.features)
+        # With a residual, backward needs the signs of y too.
+        as_it_is = Kept(y) if self.residual is not None and slope != 1.0 else None
+        residual = self.residual_recipe
+        if self.residual is not None and (residual is None or not residual.holds):
+            return as_it_is
         with torch.no_grad():
             scale, shift = affine_tables(self.weight, self.bias, self.mean, self.rstd)
-        return y, Recipe(self.x, self.mean, scale, shift, slope, self.x._version)
+        recipe = NormRecipe(x, residual, self.mean, scale, shift, slope, self.geometry, self.shared[-1])
+        if recipe.steps > MAX_STEPS:
+            return as_it_is
+        if as_it_is is not None and not compute_instead(y, SAVED_Y, recipe.features):
+            return as_it_is
+        return recipe
 
     def _operands(self) -> dict[str, Tensor | None]:
         return {"input": self.x, "weight": self.weight, "bias": self.bias, "residual": self.residual}

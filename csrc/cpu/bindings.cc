@@ -12,10 +12,12 @@
 
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
-#include "cpu/pool.h"
 
 namespace {
 
+using s3d::bfloat16;
+using s3d::computed;
+using s3d::float16;
 using s3d::Triple;
 using s3d::Window;
 using tvm::ffi::Array;
@@ -42,25 +44,17 @@ const s3d::cpu::InstructionSet*& current() {
   return chosen;
 }
 
-template <typename T>
-const s3d::cpu::Kernels<T>& kernels();
-template <>
-const s3d::cpu::Kernels<float>& kernels<float>() {
-  return current()->f32;
+template <typename S>
+const s3d::cpu::Kernels<S>& kernels() {
+  return std::get<s3d::cpu::Kernels<S>>(current()->conv);
 }
-template <>
-const s3d::cpu::Kernels<double>& kernels<double>() {
-  return current()->f64;
+template <typename S>
+const s3d::cpu::NormKernels<S>& norm_kernels() {
+  return std::get<s3d::cpu::NormKernels<S>>(current()->norm);
 }
-template <typename T>
-const s3d::cpu::NormKernels<T>& norm_kernels();
-template <>
-const s3d::cpu::NormKernels<float>& norm_kernels<float>() {
-  return current()->norm_f32;
-}
-template <>
-const s3d::cpu::NormKernels<double>& norm_kernels<double>() {
-  return current()->norm_f64;
+template <typename S>
+const s3d::cpu::PoolKernels<S>& pool_kernels() {
+  return std::get<s3d::cpu::PoolKernels<S>>(current()->pool);
 }
 
 std::string text(const TensorView& t) {
@@ -82,6 +76,14 @@ bool is<float>(const TensorView& t) {
 template <>
 bool is<double>(const TensorView& t) {
   return has_type(t, kDLFloat, 64);
+}
+template <>
+bool is<bfloat16>(const TensorView& t) {
+  return has_type(t, kDLBfloat, 16);
+}
+template <>
+bool is<float16>(const TensorView& t) {
+  return has_type(t, kDLFloat, 16);
 }
 template <>
 bool is<int32_t>(const TensorView& t) {
@@ -112,6 +114,16 @@ T* data(const TensorView& t, const char* name, std::initializer_list<int64_t> sh
 template <typename T>
 T* data(const MaybeTensor& t, const char* name, std::initializer_list<int64_t> shape) {
   return t.has_value() ? data<T>(t.value(), name, shape) : nullptr;
+}
+
+// Calls call(T()) with the type of the elements of features.
+template <typename Call>
+void by_dtype(const TensorView& t, const char* name, const Call& call) {
+  if (is<float>(t)) return call(float());
+  if (is<double>(t)) return call(double());
+  if (is<bfloat16>(t)) return call(bfloat16());
+  if (is<float16>(t)) return call(float16());
+  TVM_FFI_THROW(TypeError) << name << " has the wrong dtype: it must be float32, float64, bfloat16 or float16";
 }
 
 Triple triple(const Array<int64_t>& sizes, int at) {
@@ -230,7 +242,7 @@ bool use_winograd(const Window& w, int64_t in_channels, int64_t out_channels, in
 template <typename T>
 void convolve(const Window& w, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
               int64_t out_channels, int64_t groups, int threads) {
-  if (use_winograd(w, in_channels, out_channels, groups, 1024)) {
+  if (use_winograd(w, in_channels, out_channels, groups, 128)) {
     kernels<T>().conv3d_winograd(w, gathered, weight, bias, written, in_channels, out_channels, threads);
   } else {
     kernels<T>().conv3d(w, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
@@ -253,8 +265,7 @@ void conv3d(TensorView x, TensorView weight, MaybeTensor bias, MaybeTensor sourc
   guarded([&] {
     Geometry g(x.size(0), y.size(0), source_voxels, target_voxels, table, sizes);
     const int n = checked_threads(threads);
-    is<double>(x) ? conv3d_of<double>(x, weight, bias, g, groups, y, n)
-                  : conv3d_of<float>(x, weight, bias, g, groups, y, n);
+    by_dtype(x, "x", [&](auto t) { conv3d_of<decltype(t)>(x, weight, bias, g, groups, y, n); });
   });
 }
 
@@ -274,8 +285,7 @@ void conv3d_grad_input(TensorView grad, TensorView weight, MaybeTensor source_vo
   guarded([&] {
     Geometry g(grad_x.size(0), grad.size(0), source_voxels, target_voxels, table, sizes);
     const int n = checked_threads(threads);
-    is<double>(grad) ? conv3d_grad_input_of<double>(grad, weight, g, groups, grad_x, n)
-                     : conv3d_grad_input_of<float>(grad, weight, g, groups, grad_x, n);
+    by_dtype(grad, "grad", [&](auto t) { conv3d_grad_input_of<decltype(t)>(grad, weight, g, groups, grad_x, n); });
   });
 }
 
@@ -288,7 +298,7 @@ void conv3d_grad_weight_of(const TensorView& grad, const TensorView& x, Geometry
   T* w = data<T>(grad_weight, "grad_weight", {out, in / groups, k.d, k.h, k.w});
   const T* from = g.target<T>(grad, "grad", out);
   const T* inputs = g.source<T>(x, "x", in);
-  if (use_winograd(g.forward, in, out, groups, 256)) {
+  if (use_winograd(g.forward, in, out, groups, 128)) {
     kernels<T>().conv3d_grad_weight_winograd(g.forward, from, inputs, w, in, out, threads);
   } else {
     kernels<T>().conv3d_grad_weight(g.forward, from, inputs, w, in, out, groups, threads);
@@ -304,8 +314,9 @@ void conv3d_grad_weight(TensorView grad, TensorView x, MaybeTensor source_voxels
   guarded([&] {
     Geometry g(x.size(0), grad.size(0), source_voxels, target_voxels, table, sizes);
     const int n = checked_threads(threads);
-    is<double>(grad) ? conv3d_grad_weight_of<double>(grad, x, g, groups, grad_weight, grad_bias, n)
-                     : conv3d_grad_weight_of<float>(grad, x, g, groups, grad_weight, grad_bias, n);
+    by_dtype(grad, "grad", [&](auto t) {
+      conv3d_grad_weight_of<decltype(t)>(grad, x, g, groups, grad_weight, grad_bias, n);
+    });
   });
 }
 
@@ -335,9 +346,9 @@ void pool3d_of(const TensorView& x, const TensorView& target_index, Geometry& g,
   const Triple grid = grid_of(g.shape, g.forward.gathered_block);
   const s3d::cpu::Place place = {checked_index(target_index, g.forward.written_rows, batch, grid), g.shape};
   if (maximum) {
-    s3d::cpu::maximum<T>(g.forward, place, in, out, nullptr, channels, threads);
+    pool_kernels<T>().maximum(g.forward, place, in, out, nullptr, channels, threads);
   } else {
-    s3d::cpu::average<T>(g.forward, place, in, out, channels, divisor, threads);
+    pool_kernels<T>().average(g.forward, place, in, out, channels, divisor, threads);
   }
 }
 
@@ -346,8 +357,7 @@ void pool3d(TensorView x, MaybeTensor source_voxels, TensorView target_index, Ma
   guarded([&] {
     Geometry g(x.size(0), y.size(0), source_voxels, target_voxels, table, sizes);
     const int n = checked_threads(threads);
-    is<double>(x) ? pool3d_of<double>(x, target_index, g, sizes[0], maximum, divisor, y, n)
-                  : pool3d_of<float>(x, target_index, g, sizes[0], maximum, divisor, y, n);
+    by_dtype(x, "x", [&](auto t) { pool3d_of<decltype(t)>(x, target_index, g, sizes[0], maximum, divisor, y, n); });
   });
 }
 
@@ -361,15 +371,14 @@ void pool3d_grad_of(const TensorView& grad, const MaybeTensor& x, const TensorVi
   const s3d::cpu::Place place = {checked_index(target_index, g.forward.written_rows, batch, grid), g.shape};
   const Window back = g.transposed();
   if (!x.has_value()) {
-    const std::vector<T> factors = s3d::cpu::average_factors<T>(g.forward, place, divisor, threads);
-    return s3d::cpu::average_grad<T>(back, factors.data(), from, to, channels, threads);
+    return pool_kernels<T>().average_grad(g.forward, back, place, from, to, channels, divisor, threads);
   }
   const int64_t outputs = g.forward.written_rows * g.forward.written_block.volume();
   std::vector<T> values(outputs * channels);
   std::vector<int32_t> winners(outputs * channels);
   const T* in = g.source<T>(x.value(), "x", channels);
-  s3d::cpu::maximum<T>(g.forward, place, in, values.data(), winners.data(), channels, threads);
-  s3d::cpu::maximum_grad<T>(back, winners.data(), from, to, channels, threads);
+  pool_kernels<T>().maximum(g.forward, place, in, values.data(), winners.data(), channels, threads);
+  pool_kernels<T>().maximum_grad(back, winners.data(), from, to, channels, threads);
 }
 
 // With x it is the gradient of the maximum, without that of the average.
@@ -379,8 +388,9 @@ void pool3d_grad(TensorView grad, MaybeTensor x, MaybeTensor source_voxels, Tens
   guarded([&] {
     Geometry g(grad_x.size(0), grad.size(0), source_voxels, target_voxels, table, sizes);
     const int n = checked_threads(threads);
-    is<double>(grad) ? pool3d_grad_of<double>(grad, x, target_index, g, sizes[0], divisor, grad_x, n)
-                     : pool3d_grad_of<float>(grad, x, target_index, g, sizes[0], divisor, grad_x, n);
+    by_dtype(grad, "grad", [&](auto t) {
+      pool3d_grad_of<decltype(t)>(grad, x, target_index, g, sizes[0], divisor, grad_x, n);
+    });
   });
 }
 
@@ -409,11 +419,12 @@ T* like(const MaybeTensor& t, const char* name, const TensorView& x) {
   return t.has_value() ? like<T>(t.value(), name, x) : nullptr;
 }
 
-template <typename T>
+template <typename S>
 void norm_statistics_of(const s3d::cpu::Rows& rows, const TensorView& x, const TensorView& mean, const TensorView& squares,
                         int threads) {
+  using T = computed<S>;
   const int64_t c = x.size(4);
-  norm_kernels<T>().statistics(rows, like<T>(x, "x", x), data<T>(mean, "mean", {rows.samples, c}),
+  norm_kernels<S>().statistics(rows, like<S>(x, "x", x), data<T>(mean, "mean", {rows.samples, c}),
                                data<T>(squares, "squares", {rows.samples, c}), c, threads);
 }
 
@@ -422,18 +433,18 @@ void norm_statistics(TensorView x, MaybeTensor voxels, TensorView offsets, Tenso
   guarded([&] {
     const s3d::cpu::Rows rows = rows_of(x, voxels, offsets);
     const int n = checked_threads(threads);
-    is<double>(x) ? norm_statistics_of<double>(rows, x, mean, squares, n)
-                  : norm_statistics_of<float>(rows, x, mean, squares, n);
+    by_dtype(x, "x", [&](auto t) { norm_statistics_of<decltype(t)>(rows, x, mean, squares, n); });
   });
 }
 
-template <typename T>
+template <typename S>
 void norm_apply_of(const s3d::cpu::Rows& rows, const TensorView& x, const TensorView& mean, const TensorView& scale,
                    const TensorView& shift, const MaybeTensor& residual, double slope, const TensorView& y, int threads) {
+  using T = computed<S>;
   const int64_t c = x.size(4), n = rows.samples;
-  norm_kernels<T>().apply(rows, like<T>(x, "x", x), data<T>(mean, "mean", {n, c}), data<T>(scale, "scale", {n, c}),
-                          data<T>(shift, "shift", {n, c}), like<T>(residual, "residual", x), static_cast<T>(slope),
-                          like<T>(y, "y", x), c, threads);
+  norm_kernels<S>().apply(rows, like<S>(x, "x", x), data<T>(mean, "mean", {n, c}), data<T>(scale, "scale", {n, c}),
+                          data<T>(shift, "shift", {n, c}), like<S>(residual, "residual", x), static_cast<T>(slope),
+                          like<S>(y, "y", x), c, threads);
 }
 
 void norm_apply(TensorView x, TensorView mean, TensorView scale, TensorView shift, MaybeTensor residual, double slope,
@@ -441,21 +452,21 @@ void norm_apply(TensorView x, TensorView mean, TensorView scale, TensorView shif
   guarded([&] {
     const s3d::cpu::Rows rows = rows_of(x, voxels, offsets);
     const int n = checked_threads(threads);
-    is<double>(x) ? norm_apply_of<double>(rows, x, mean, scale, shift, residual, slope, y, n)
-                  : norm_apply_of<float>(rows, x, mean, scale, shift, residual, slope, y, n);
+    by_dtype(x, "x", [&](auto t) { norm_apply_of<decltype(t)>(rows, x, mean, scale, shift, residual, slope, y, n); });
   });
 }
 
-template <typename T>
+template <typename S>
 void norm_grad_sums_of(const s3d::cpu::Rows& rows, const TensorView& grad, const TensorView& x, const MaybeTensor& y,
                        const TensorView& mean, const TensorView& rstd, const TensorView& scale, const TensorView& shift,
                        double slope, const MaybeTensor& before, const TensorView& of_grad, const TensorView& of_product,
                        int threads) {
+  using T = computed<S>;
   const int64_t c = x.size(4), n = rows.samples;
-  norm_kernels<T>().grad_sums(rows, like<T>(grad, "grad", x), like<T>(x, "x", x), like<T>(y, "y", x),
+  norm_kernels<S>().grad_sums(rows, like<S>(grad, "grad", x), like<S>(x, "x", x), like<S>(y, "y", x),
                               data<T>(mean, "mean", {n, c}), data<T>(rstd, "rstd", {n, c}),
                               data<T>(scale, "scale", {n, c}), data<T>(shift, "shift", {n, c}), static_cast<T>(slope),
-                              like<T>(before, "before", x), data<T>(of_grad, "of_grad", {n, c}),
+                              like<S>(before, "before", x), data<T>(of_grad, "of_grad", {n, c}),
                               data<T>(of_product, "of_product", {n, c}), c, threads);
 }
 
@@ -465,21 +476,22 @@ void norm_grad_sums(TensorView grad, TensorView x, MaybeTensor y, TensorView mea
   guarded([&] {
     const s3d::cpu::Rows rows = rows_of(x, voxels, offsets);
     const int n = checked_threads(threads);
-    is<double>(x)
-        ? norm_grad_sums_of<double>(rows, grad, x, y, mean, rstd, scale, shift, slope, before, of_grad, of_product, n)
-        : norm_grad_sums_of<float>(rows, grad, x, y, mean, rstd, scale, shift, slope, before, of_grad, of_product, n);
+    by_dtype(x, "x", [&](auto t) {
+      norm_grad_sums_of<decltype(t)>(rows, grad, x, y, mean, rstd, scale, shift, slope, before, of_grad, of_product, n);
+    });
   });
 }
 
-template <typename T>
+template <typename S>
 void norm_grad_input_of(const s3d::cpu::Rows& rows, const TensorView& grad, const TensorView& x, const TensorView& mean,
                         const TensorView& rstd, const TensorView& scale, const TensorView& offset, const TensorView& tilt,
                         const TensorView& grad_x, int threads) {
+  using T = computed<S>;
   const int64_t c = x.size(4), n = rows.samples;
-  norm_kernels<T>().grad_input(rows, like<T>(grad, "grad", x), like<T>(x, "x", x), data<T>(mean, "mean", {n, c}),
+  norm_kernels<S>().grad_input(rows, like<S>(grad, "grad", x), like<S>(x, "x", x), data<T>(mean, "mean", {n, c}),
                                data<T>(rstd, "rstd", {n, c}), data<T>(scale, "scale", {n, c}),
                                data<T>(offset, "offset", {n, c}), data<T>(tilt, "slope", {n, c}),
-                               like<T>(grad_x, "grad_x", x), c, threads);
+                               like<S>(grad_x, "grad_x", x), c, threads);
 }
 
 void norm_grad_input(TensorView grad, TensorView x, TensorView mean, TensorView rstd, TensorView scale,
@@ -488,8 +500,9 @@ void norm_grad_input(TensorView grad, TensorView x, TensorView mean, TensorView 
   guarded([&] {
     const s3d::cpu::Rows rows = rows_of(x, voxels, offsets);
     const int n = checked_threads(threads);
-    is<double>(x) ? norm_grad_input_of<double>(rows, grad, x, mean, rstd, scale, offset, tilt, grad_x, n)
-                  : norm_grad_input_of<float>(rows, grad, x, mean, rstd, scale, offset, tilt, grad_x, n);
+    by_dtype(x, "x", [&](auto t) {
+      norm_grad_input_of<decltype(t)>(rows, grad, x, mean, rstd, scale, offset, tilt, grad_x, n);
+    });
   });
 }
 
@@ -523,8 +536,7 @@ void gather_of(const TensorView& dense, const TensorView& index, const MaybeTens
 void gather_blocks(TensorView dense, TensorView index, MaybeTensor voxels, TensorView blocks, int64_t threads) {
   guarded([&] {
     const int n = checked_threads(threads);
-    is<double>(dense) ? gather_of<double>(dense, index, voxels, blocks, n)
-                      : gather_of<float>(dense, index, voxels, blocks, n);
+    by_dtype(dense, "dense", [&](auto t) { gather_of<decltype(t)>(dense, index, voxels, blocks, n); });
   });
 }
 
@@ -546,8 +558,7 @@ void scatter_blocks(TensorView blocks, TensorView fill, TensorView index, MaybeT
                     int64_t threads) {
   guarded([&] {
     const int n = checked_threads(threads);
-    is<double>(blocks) ? scatter_of<double>(blocks, fill, index, voxels, dense, n)
-                       : scatter_of<float>(blocks, fill, index, voxels, dense, n);
+    by_dtype(blocks, "blocks", [&](auto t) { scatter_of<decltype(t)>(blocks, fill, index, voxels, dense, n); });
   });
 }
 

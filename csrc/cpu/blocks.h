@@ -29,12 +29,16 @@ void gather(const T* dense, const Volume& volume, const int32_t* index, const ui
         T* to = blocks + voxel * volume.channels;
         const bool outside = z >= volume.shape.d || y >= volume.shape.h || x >= volume.shape.w;
         if (outside || (voxels != nullptr && !voxels[voxel])) {
-          std::fill_n(to, volume.channels, T(0));
+          std::fill_n(to, volume.channels, T{});
           continue;
         }
         const int64_t* s = volume.strides;
         const T* from = dense + at[0] * s[0] + z * s[2] + y * s[3] + x * s[4];
-        for (int64_t c = 0; c < volume.channels; ++c) to[c] = from[c * s[1]];
+        if (s[1] == 1) {  // channels last: lines as they are
+          std::copy_n(from, volume.channels, to);
+        } else {
+          for (int64_t c = 0; c < volume.channels; ++c) to[c] = from[c * s[1]];
+        }
       }
     }
   }

@@ -109,12 +109,35 @@ class Pairs {
   // Lists the pairs of `tap` in rows [first, last) (a row: written voxels along the width). Appends from `begin` on and
   // returns the end. `source` gets gathered voxels, `target` written voxels counted from the tile's first.
   int64_t list(int64_t tap, int64_t first, int64_t last, int64_t begin) {
+    const bool all = window_.written_voxels == nullptr && window_.gathered_voxels == nullptr;
+    int64_t end = begin;
+    for_each_run(tap, first, last, [&](int64_t from, int64_t to, const Run& run) {
+      if (all) {
+        for (int64_t i = 0; i < run.count; ++i) {
+          source[end + i] = from + i * run.local_step;
+          target[end + i] = static_cast<int32_t>(to + i * run.step);
+        }
+        end += run.count;
+        return;
+      }
+      for (int64_t i = 0; i < run.count; ++i) {
+        if (!is_pair(from + i * run.local_step, first * window_.written_block.w + to + i * run.step)) continue;
+        source[end] = from + i * run.local_step;
+        target[end++] = static_cast<int32_t>(to + i * run.step);
+      }
+    });
+    return end;
+  }
+
+  // Calls use(gathered voxel, written voxel counted from the tile's first, run) for each run of these pairs; single voxels
+  // of it may be masked.
+  template <typename Use>
+  void for_each_run(int64_t tap, int64_t first, int64_t last, const Use& use) const {
     const Window& w = window_;
     const int64_t rows = w.written_block.d * w.written_block.h, width = w.written_block.w;
     const int64_t tap_x = tap % w.kernel.w, tap_y = tap / w.kernel.w % w.kernel.h, tap_z = tap / w.kernel.w / w.kernel.h;
     const std::vector<Run>& runs = locator_.along_width(tap_x);
     const int64_t span_h = 2 * w.radius.h + 1, span_w = 2 * w.radius.w + 1;
-    int64_t end = begin;
     for (int64_t row = first; row < last; ++row) {
       const int64_t block = row / rows, z = row % rows / w.written_block.h, y = row % w.written_block.h;
       const Source at_z = locator_.at(0, tap_z, z), at_y = locator_.at(1, tap_y, y);
@@ -123,28 +146,15 @@ class Pairs {
       for (const Run& run : runs) {
         const int64_t neighbour = neighbours[run.block];
         if (neighbour < 0) continue;
-        const int64_t from =
-            ((neighbour * w.gathered_block.d + at_z.local) * w.gathered_block.h + at_y.local) * w.gathered_block.w +
-            run.local;
-        const int64_t to = (row - first) * width + run.first;
-        if (w.written_voxels == nullptr && w.gathered_voxels == nullptr) {
-          for (int64_t i = 0; i < run.count; ++i) {
-            source[end + i] = from + i * run.local_step;
-            target[end + i] = static_cast<int32_t>(to + i * run.step);
-          }
-          end += run.count;
-          continue;
-        }
-        for (int64_t i = 0; i < run.count; ++i) {
-          const int64_t voxel = first * width + to + i * run.step, other = from + i * run.local_step;
-          if (w.written_voxels != nullptr && !w.written_voxels[voxel]) continue;
-          if (w.gathered_voxels != nullptr && !w.gathered_voxels[other]) continue;
-          source[end] = other;
-          target[end++] = static_cast<int32_t>(to + i * run.step);
-        }
+        const int64_t plane = (neighbour * w.gathered_block.d + at_z.local) * w.gathered_block.h + at_y.local;
+        use(plane * w.gathered_block.w + run.local, (row - first) * width + run.first, run);
       }
     }
-    return end;
+  }
+
+  bool is_pair(int64_t gathered, int64_t written) const {
+    if (window_.written_voxels != nullptr && !window_.written_voxels[written]) return false;
+    return window_.gathered_voxels == nullptr || window_.gathered_voxels[gathered];
   }
 
  private:
@@ -206,6 +216,52 @@ void multiply_pairs(int64_t count, const T* x, int64_t stride, const int64_t* so
     multiply_group<T, REGISTER_ROWS>(x, stride, source + i, target + i, weights, depth, accumulators);
   }
   multiply_rest<T, REGISTER_ROWS - 1>(count - i, x, stride, source + i, target + i, weights, depth, accumulators);
+}
+
+// y [M, y_stride] (one panel) = x [M, x_stride] * weights [depth, NR], or with ADD, += it.
+template <typename T, bool ADD, int M>
+inline void product_group(const T* x, int64_t x_stride, int64_t depth, const T* weights, T* y, int64_t y_stride) {
+  constexpr int64_t lanes = Vector<T>::lanes, panel = Vector<T>::panel;
+  typename Vector<T>::type sum[M][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    sum[i][0] = ADD ? load(y + i * y_stride) : typename Vector<T>::type{};
+    sum[i][1] = ADD ? load(y + i * y_stride + lanes) : typename Vector<T>::type{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const auto low = load(weights + k * panel), high = load(weights + k * panel + lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const T value = x[i * x_stride + k];
+      sum[i][0] += value * low;
+      sum[i][1] += value * high;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    store(y + i * y_stride, sum[i][0]);
+    store(y + i * y_stride + lanes, sum[i][1]);
+  }
+}
+
+template <typename T, bool ADD, int M>
+inline void product_rest(int64_t count, const T* x, int64_t x_stride, int64_t depth, const T* weights, T* y,
+                         int64_t y_stride) {
+  if constexpr (M > 0) {
+    if (count == M) return product_group<T, ADD, M>(x, x_stride, depth, weights, y, y_stride);
+    product_rest<T, ADD, M - 1>(count, x, x_stride, depth, weights, y, y_stride);
+  }
+}
+
+// The same for any number of rows.
+template <typename T, bool ADD>
+inline void product(int64_t count, const T* x, int64_t x_stride, int64_t depth, const T* weights, T* y,
+                    int64_t y_stride) {
+  int64_t i = 0;
+  for (; i + REGISTER_ROWS <= count; i += REGISTER_ROWS) {
+    product_group<T, ADD, REGISTER_ROWS>(x + i * x_stride, x_stride, depth, weights, y + i * y_stride, y_stride);
+  }
+  product_rest<T, ADD, REGISTER_ROWS - 1>(count - i, x + i * x_stride, x_stride, depth, weights, y + i * y_stride, y_stride);
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -363,6 +419,18 @@ template <typename T>
 void conv3d_grad_weight_few(const Window&, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
                             int64_t out_channels, int64_t groups, int threads);
 
+// And of so few gathered channels one of shallow.inl.
+inline bool is_shallow(const Window& window, int64_t in_group) {
+  return !window.transposed && in_group <= 4 && window.taps() * in_group <= 128;
+}
+
+template <typename T>
+void conv3d_shallow(const Window&, const T* gathered, const T* weight, const T* bias, T* written, int64_t in_channels,
+                    int64_t out_channels, int64_t groups, int threads);
+template <typename T>
+void conv3d_grad_weight_shallow(const Window&, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
+                                int64_t out_channels, int64_t groups, int threads);
+
 // Where voxels are not many more than a few tiles, a packed weight would be written to memory and read back a few times. So
 // a panel is packed slice by slice of the gathered channels, each slice used at once, in the cache, for all voxels.
 constexpr int64_t kVoxelsOfPanel = 1024, kSliceBytes = int64_t(128) << 10;
@@ -432,6 +500,9 @@ void conv3d(const Window& window, const T* gathered, const T* weight, const T* b
   if (written_count > 0 && (window.transposed ? gathered_count : written_count) < kFewVoxels) {
     const auto few = window.transposed ? conv3d_few_transposed<T> : conv3d_few_forward<T>;
     return few(window, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
+  }
+  if (is_shallow(window, in_channels / groups)) {
+    return conv3d_shallow(window, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
   }
   if (written_count > 0 && written_count <= kVoxelsOfPanel) {
     return conv3d_by_panel(window, gathered, weight, bias, written, in_channels, out_channels, groups, threads);
@@ -631,6 +702,9 @@ void conv3d_grad_weight(const Window& window, const T* grad, const T* x, T* grad
   const int64_t voxels = window.written_rows * window.written_block.volume();
   if (voxels > 0 && voxels < kFewVoxels) {
     return conv3d_grad_weight_few(window, grad, x, grad_weight, in_channels, out_channels, groups, threads);
+  }
+  if (is_shallow(window, in_channels / groups)) {
+    return conv3d_grad_weight_shallow(window, grad, x, grad_weight, in_channels, out_channels, groups, threads);
   }
   if (voxels < 4096) {
     return conv3d_grad_weight_small(window, grad, x, grad_weight, in_channels, out_channels, groups, threads);

@@ -1,8 +1,10 @@
-// The kernels of one instruction set, for float and double. Each set is one compilation of kernels.inl.
+// The kernels of one instruction set, for each type of features in memory. Each set is one compilation of kernels.inl.
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
+#include "cpu/half.h"
 #include "s3d/window.h"
 
 namespace s3d::cpu {
@@ -32,27 +34,53 @@ struct Rows {
   const uint8_t* voxels;   // [rows, block] or null
 };
 
-template <typename T>
+// Features are stored as S; tables [samples, channels] have the type in which they are computed.
+template <typename S>
 struct NormKernels {
-  void (*statistics)(const Rows&, const T* x, T* mean, T* squares, int64_t channels, int threads);
-  void (*apply)(const Rows&, const T* x, const T* mean, const T* scale, const T* shift, const T* residual, T slope,
-                T* y, int64_t channels, int threads);
+  using T = computed<S>;
+  void (*statistics)(const Rows&, const S* x, T* mean, T* squares, int64_t channels, int threads);
+  void (*apply)(const Rows&, const S* x, const T* mean, const T* scale, const T* shift, const S* residual, T slope,
+                S* y, int64_t channels, int threads);
   // before: null if slope is 1. y null: the sign of the affine of x.
-  void (*grad_sums)(const Rows&, const T* grad, const T* x, const T* y, const T* mean, const T* rstd, const T* scale,
-                    const T* shift, T slope, T* before, T* of_grad, T* of_product, int64_t channels, int threads);
-  void (*grad_input)(const Rows&, const T* grad, const T* x, const T* mean, const T* rstd, const T* scale,
-                     const T* offset, const T* tilt, T* grad_x, int64_t channels, int threads);
-  void (*channel_sums)(const Rows&, const T* x, T* sums, int64_t channels, int threads);
+  void (*grad_sums)(const Rows&, const S* grad, const S* x, const S* y, const T* mean, const T* rstd, const T* scale,
+                    const T* shift, T slope, S* before, T* of_grad, T* of_product, int64_t channels, int threads);
+  void (*grad_input)(const Rows&, const S* grad, const S* x, const T* mean, const T* rstd, const T* scale,
+                     const T* offset, const T* tilt, S* grad_x, int64_t channels, int threads);
+  void (*channel_sums)(const Rows&, const S* x, S* sums, int64_t channels, int threads);
 };
+
+// Where the windows of an output block lie in its volume.
+struct Place {
+  const int32_t* target_index;  // [rows, 4] (n, gd, gh, gw)
+  Triple shape;                 // of the input volume
+};
+
+template <typename S>
+struct PoolKernels {
+  using T = computed<S>;
+  // divisor 0: the voxels of a window that lie in the volume.
+  void (*average)(const Window&, const Place&, const S* in, S* out, int64_t channels, int64_t divisor, int threads);
+  // The forward window, whose outputs are averages, and its transposed, which writes inputs and gathers outputs.
+  void (*average_grad)(const Window& forward, const Window& transposed, const Place&, const S* grad, S* grad_in,
+                       int64_t channels, int64_t divisor, int threads);
+  // winners [outputs, channels] or null: the tap at which each maximum lies, the first of equal ones, as in torch, and
+  // -1 for a masked voxel's zero.
+  void (*maximum)(const Window&, const Place&, const S* in, S* out, int32_t* winners, int64_t channels, int threads);
+  void (*maximum_grad)(const Window& transposed, const int32_t* winners, const S* grad, S* grad_in, int64_t channels,
+                       int threads);
+};
+
+// One for each type of features.
+template <template <typename> class K>
+using OfEachType = std::tuple<K<float>, K<double>, K<bfloat16>, K<float16>>;
 
 struct InstructionSet {
   const char* name;
   bool (*supported)();
   bool (*winograd_applies)(const Window&);
-  Kernels<float> f32;
-  Kernels<double> f64;
-  NormKernels<float> norm_f32;
-  NormKernels<double> norm_f64;
+  OfEachType<Kernels> conv;
+  OfEachType<NormKernels> norm;
+  OfEachType<PoolKernels> pool;
 };
 
 const InstructionSet& generic();

@@ -3,9 +3,14 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
+#include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,10 +23,30 @@ namespace s3d::cpu {
 namespace {
 #include "cpu/conv.inl"
 #include "cpu/few.inl"
+#include "cpu/shallow.inl"
 #include "cpu/winograd.inl"
+#include "cpu/half.inl"
 #include "cpu/norm.inl"
+#include "cpu/pool.inl"
 
 bool supported() { return S3D_SUPPORTED; }
+
+template <typename T>
+constexpr Kernels<T> conv_kernels() {
+  return {conv3d<T>, conv3d_winograd<T>, conv3d_grad_weight<T>, conv3d_grad_weight_winograd<T>};
+}
+template <typename S>
+constexpr Kernels<S> half_conv_kernels() {
+  return {conv3d_half<S>, conv3d_winograd_half<S>, conv3d_grad_weight_half<S>, conv3d_grad_weight_winograd_half<S>};
+}
+template <typename S>
+constexpr NormKernels<S> norm_kernels() {
+  return {norm_statistics<S>, norm_apply<S>, norm_grad_sums<S>, norm_grad_input<S>, channel_sums<S>};
+}
+template <typename S>
+constexpr PoolKernels<S> pool_kernels() {
+  return {average<S>, average_grad<S>, maximum<S>, maximum_grad<S>};
+}
 }  // namespace
 
 const InstructionSet& S3D_SET() {
@@ -29,14 +54,9 @@ const InstructionSet& S3D_SET() {
       S3D_TEXT(S3D_SET),
       supported,
       winograd_applies,
-      {conv3d<float>, conv3d_winograd<float>, conv3d_grad_weight<float>,
-       conv3d_grad_weight_winograd<float>},
-      {conv3d<double>, conv3d_winograd<double>, conv3d_grad_weight<double>,
-       conv3d_grad_weight_winograd<double>},
-      {norm_statistics<float>, norm_apply<float>, norm_grad_sums<float>, norm_grad_input<float>,
-       channel_sums<float>},
-      {norm_statistics<double>, norm_apply<double>, norm_grad_sums<double>, norm_grad_input<double>,
-       channel_sums<double>},
+      {conv_kernels<float>(), conv_kernels<double>(), half_conv_kernels<bfloat16>(), half_conv_kernels<float16>()},
+      {norm_kernels<float>(), norm_kernels<double>(), norm_kernels<bfloat16>(), norm_kernels<float16>()},
+      {pool_kernels<float>(), pool_kernels<double>(), pool_kernels<bfloat16>(), pool_kernels<float16>()},
   };
   return set;
 }

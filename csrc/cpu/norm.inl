@@ -1,5 +1,5 @@
-// Normalisation: reductions over the visible voxels of each sample, and elementwise passes. Included once per
-// instruction set, inside its namespace.
+// Normalisation: reductions over the visible voxels of each sample, and elementwise passes. Features are stored as S and
+// computed as T; tables are of T. Included once per instruction set, inside its namespace, after half.inl.
 
 // A piece is a range of voxels of one sample, small enough to stay in the L2 cache. Pieces depend on the problem alone,
 // and their results are merged in order, so that sums do not depend on the threads.
@@ -17,22 +17,22 @@ inline std::vector<Piece> pieces(const Rows& rows, int64_t channels) {
   return result;
 }
 
-// slope 0 is ReLU: a zero for -inf too, and NaN stays NaN.
-template <typename T>
-inline T leaky(T value, T slope) {
-  const T below = slope == 0 ? T(0) : slope * value;
+// V: T or a vector of it. slope 0 is ReLU: a zero for -inf too, and NaN stays NaN.
+template <typename V, typename T>
+inline V leaky(V value, T slope) {
+  const V below = slope == 0 ? V{} : slope * value;
   return value < 0 ? below : value;
 }
-template <typename T>
-inline T leaky_grad(T value, T grad, T slope) {
-  const T below = slope == 0 ? T(0) : slope * grad;
+template <typename V, typename T>
+inline V leaky_grad(V value, V grad, T slope) {
+  const V below = slope == 0 ? V{} : slope * grad;
   return value > 0 ? grad : below;
 }
 
 inline bool visible(const Rows& rows, int64_t voxel) { return rows.voxels == nullptr || rows.voxels[voxel]; }
 
-template <typename T>
-void norm_statistics(const Rows& rows, const T* x, T* mean, T* squares, int64_t channels, int threads) {
+template <typename S, typename T = computed<S>>
+void norm_statistics(const Rows& rows, const S* x, T* mean, T* squares, int64_t channels, int threads) {
   const std::vector<Piece> all = pieces(rows, channels);
   const int64_t number = static_cast<int64_t>(all.size());
   std::vector<T> means(number * channels), spreads(number * channels);
@@ -49,8 +49,8 @@ void norm_statistics(const Rows& rows, const T* x, T* mean, T* squares, int64_t 
       for (int64_t v = all[i].first; v < all[i].last; ++v) {
         if (!visible(rows, v)) continue;
         ++count;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) m[c] += x[v * channels + c];
+        const S* in = x + v * channels;
+        for_line<T>(channels, [&](auto c) { c.put(m, c.get(m) + c.get(in)); });
       }
       counts[i] = count;
       if (count == 0) continue;
@@ -58,12 +58,12 @@ void norm_statistics(const Rows& rows, const T* x, T* mean, T* squares, int64_t 
       std::fill_n(r, channels, T(0));
       for (int64_t v = all[i].first; v < all[i].last; ++v) {
         if (!visible(rows, v)) continue;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          const T deviation = x[v * channels + c] - m[c];
-          r[c] += deviation;
-          s[c] += deviation * deviation;
-        }
+        const S* in = x + v * channels;
+        for_line<T>(channels, [&](auto c) {
+          const auto deviation = c.get(in) - c.get(m);
+          c.put(r, c.get(r) + deviation);
+          c.put(s, c.get(s) + deviation * deviation);
+        });
       }
       for (int64_t c = 0; c < channels; ++c) {
         // What rounding of the mean left over.
@@ -91,9 +91,9 @@ void norm_statistics(const Rows& rows, const T* x, T* mean, T* squares, int64_t 
   }
 }
 
-template <typename T>
-void norm_apply(const Rows& rows, const T* x, const T* mean, const T* scale, const T* shift, const T* residual,
-                T slope, T* y, int64_t channels, int threads) {
+template <typename S, typename T = computed<S>>
+void norm_apply(const Rows& rows, const S* x, const T* mean, const T* scale, const T* shift, const S* residual,
+                T slope, S* y, int64_t channels, int threads) {
   const std::vector<Piece> all = pieces(rows, channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (size_t i = 0; i < all.size(); ++i) {
@@ -101,31 +101,27 @@ void norm_apply(const Rows& rows, const T* x, const T* mean, const T* scale, con
     const T* a = scale + all[i].sample * channels;
     const T* b = shift + all[i].sample * channels;
     for (int64_t v = all[i].first; v < all[i].last; ++v) {
-      const T* in = x + v * channels;
-      T* out = y + v * channels;
+      const S* in = x + v * channels;
+      S* out = y + v * channels;
       if (!visible(rows, v)) {
-        std::fill_n(out, channels, T(0));
+        std::fill_n(out, channels, S{});
       } else if (residual == nullptr) {
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          const T value = (in[c] - m[c]) * a[c] + b[c];
-          out[c] = leaky(value, slope);
-        }
+        for_line<T>(channels, [&](auto c) {
+          c.put(out, leaky((c.get(in) - c.get(m)) * c.get(a) + c.get(b), slope));
+        });
       } else {
-        const T* add = residual + v * channels;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          const T value = (in[c] - m[c]) * a[c] + b[c] + add[c];
-          out[c] = leaky(value, slope);
-        }
+        const S* add = residual + v * channels;
+        for_line<T>(channels, [&](auto c) {
+          c.put(out, leaky((c.get(in) - c.get(m)) * c.get(a) + c.get(b) + c.get(add), slope));
+        });
       }
     }
   }
 }
 
-template <typename T>
-void norm_grad_sums(const Rows& rows, const T* grad, const T* x, const T* y, const T* mean, const T* rstd,
-                    const T* scale, const T* shift, T slope, T* before, T* of_grad, T* of_product, int64_t channels,
+template <typename S, typename T = computed<S>>
+void norm_grad_sums(const Rows& rows, const S* grad, const S* x, const S* y, const T* mean, const T* rstd,
+                    const T* scale, const T* shift, T slope, S* before, T* of_grad, T* of_product, int64_t channels,
                     int threads) {
   const std::vector<Piece> all = pieces(rows, channels);
   const int64_t number = static_cast<int64_t>(all.size());
@@ -136,36 +132,30 @@ void norm_grad_sums(const Rows& rows, const T* grad, const T* x, const T* y, con
     const T *m = mean + table, *d = rstd + table, *a = scale + table, *b = shift + table;
     T *sum = sums.data() + i * channels, *product = products.data() + i * channels;
     for (int64_t v = all[i].first; v < all[i].last; ++v) {
-      const T* g = grad + v * channels;
-      const T* in = x + v * channels;
+      const S *g = grad + v * channels, *in = x + v * channels;
+      S* out = before == nullptr ? nullptr : before + v * channels;
+      const auto add = [&](auto c, auto value, auto centred) {
+        c.put(sum, c.get(sum) + value);
+        c.put(product, c.get(product) + value * (centred * c.get(d)));
+      };
       if (!visible(rows, v)) {
-        if (before != nullptr) std::fill_n(before + v * channels, channels, T(0));
+        if (before != nullptr) std::fill_n(out, channels, S{});
       } else if (before == nullptr) {
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          sum[c] += g[c];
-          product[c] += g[c] * ((in[c] - m[c]) * d[c]);
-        }
+        for_line<T>(channels, [&](auto c) { add(c, c.get(g), c.get(in) - c.get(m)); });
       } else if (y != nullptr) {
-        const T* sign = y + v * channels;
-        T* out = before + v * channels;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          const T value = leaky_grad(sign[c], g[c], slope);
-          out[c] = value;
-          sum[c] += value;
-          product[c] += value * ((in[c] - m[c]) * d[c]);
-        }
+        const S* sign = y + v * channels;
+        for_line<T>(channels, [&](auto c) {
+          const auto value = leaky_grad(c.get(sign), c.get(g), slope);
+          c.put(out, value);
+          add(c, value, c.get(in) - c.get(m));
+        });
       } else {
-        T* out = before + v * channels;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          const T centred = in[c] - m[c];
-          const T value = leaky_grad(centred * a[c] + b[c], g[c], slope);
-          out[c] = value;
-          sum[c] += value;
-          product[c] += value * (centred * d[c]);
-        }
+        for_line<T>(channels, [&](auto c) {
+          const auto centred = c.get(in) - c.get(m);
+          const auto value = leaky_grad(centred * c.get(a) + c.get(b), c.get(g), slope);
+          c.put(out, value);
+          add(c, value, centred);
+        });
       }
     }
   }
@@ -184,30 +174,31 @@ void norm_grad_sums(const Rows& rows, const T* grad, const T* x, const T* y, con
   }
 }
 
-template <typename T>
-void norm_grad_input(const Rows& rows, const T* grad, const T* x, const T* mean, const T* rstd, const T* scale,
-                     const T* offset, const T* tilt, T* grad_x, int64_t channels, int threads) {
+template <typename S, typename T = computed<S>>
+void norm_grad_input(const Rows& rows, const S* grad, const S* x, const T* mean, const T* rstd, const T* scale,
+                     const T* offset, const T* tilt, S* grad_x, int64_t channels, int threads) {
   const std::vector<Piece> all = pieces(rows, channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (size_t i = 0; i < all.size(); ++i) {
     const int64_t table = all[i].sample * channels;
     const T *m = mean + table, *d = rstd + table, *a = scale + table, *o = offset + table, *s = tilt + table;
     for (int64_t v = all[i].first; v < all[i].last; ++v) {
-      const T *g = grad + v * channels, *in = x + v * channels;
-      T* out = grad_x + v * channels;
+      const S *g = grad + v * channels, *in = x + v * channels;
+      S* out = grad_x + v * channels;
       if (!visible(rows, v)) {
-        std::fill_n(out, channels, T(0));
+        std::fill_n(out, channels, S{});
         continue;
       }
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) out[c] = a[c] * g[c] - o[c] - s[c] * ((in[c] - m[c]) * d[c]);
+      for_line<T>(channels, [&](auto c) {
+        c.put(out, c.get(a) * c.get(g) - c.get(o) - c.get(s) * ((c.get(in) - c.get(m)) * c.get(d)));
+      });
     }
   }
 }
 
-// Sums over the visible voxels of all samples: the gradient of a bias.
-template <typename T>
-void channel_sums(const Rows& rows, const T* x, T* sums, int64_t channels, int threads) {
+// Sums over the visible voxels of all samples: the gradient of a bias, which is stored as the features are.
+template <typename S, typename T = computed<S>>
+void channel_sums(const Rows& rows, const S* x, S* sums, int64_t channels, int threads) {
   const std::vector<Piece> all = pieces(rows, channels);
   const int64_t number = static_cast<int64_t>(all.size());
   std::vector<T> parts(number * channels);
@@ -216,13 +207,13 @@ void channel_sums(const Rows& rows, const T* x, T* sums, int64_t channels, int t
     T* sum = parts.data() + i * channels;
     for (int64_t v = all[i].first; v < all[i].last; ++v) {
       if (!visible(rows, v)) continue;
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) sum[c] += x[v * channels + c];
+      const S* in = x + v * channels;
+      for_line<T>(channels, [&](auto c) { c.put(sum, c.get(sum) + c.get(in)); });
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
     double total = 0;
     for (int64_t i = 0; i < number; ++i) total += parts[i * channels + c];
-    sums[c] = static_cast<T>(total);
+    sums[c] = narrow<S>(static_cast<T>(total));
   }
 }

@@ -37,53 +37,21 @@ inline void transform_weight_axis(const V* g, int step, V* t, int t_step) {
   t[3 * t_step] = g[2 * step];
 }
 
-// packed [27, panel, k, NR] -> [64, panel, k, NR]. The transposed convolution correlates with flipped taps.
+// `vectors` weights of each of 27 taps to those of 64 points. The transposed convolution correlates with flipped taps.
 template <typename T>
-void transform_weights(const T* packed, bool flipped, int64_t panels, int64_t depth, T* points, int threads) {
+inline void transform_weights(const T* taps, int64_t tap_stride, bool flipped, int64_t vectors, T* points,
+                              int64_t point_stride) {
   constexpr int64_t lanes = Vector<T>::lanes;
   using V = typename Vector<T>::type;
-  const int64_t vectors = panels * depth * 2, stride = vectors * lanes;
-#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < vectors; ++i) {
     V g[27], a[36], b[48], t[64];
-    for (int tap = 0; tap < 27; ++tap) g[tap] = load(packed + (flipped ? 26 - tap : tap) * stride + i * lanes);
+    for (int tap = 0; tap < 27; ++tap) g[tap] = load(taps + (flipped ? 26 - tap : tap) * tap_stride + i * lanes);
     for (int zy = 0; zy < 9; ++zy) transform_weight_axis(g + zy * 3, 1, a + zy * 4, 1);           // [3, 3, 4]
     for (int z = 0; z < 3; ++z) {
       for (int x = 0; x < 4; ++x) transform_weight_axis(a + z * 12 + x, 4, b + z * 16 + x, 4);    // [3, 4, 4]
     }
     for (int yx = 0; yx < 16; ++yx) transform_weight_axis(b + yx, 16, t + yx, 16);                // [4, 4, 4]
-    for (int point = 0; point < kPoints; ++point) store(points + point * stride + i * lanes, t[point]);
-  }
-}
-
-// y [count, y_stride] (one panel) = x [count, depth] * weights [depth, NR] for M rows.
-template <typename T, int M>
-inline void product_group(const T* x, int64_t depth, const T* weights, T* y, int64_t y_stride) {
-  constexpr int64_t lanes = Vector<T>::lanes, panel = Vector<T>::panel;
-  typename Vector<T>::type sum[M][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = typename Vector<T>::type{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const auto low = load(weights + k * panel), high = load(weights + k * panel + lanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const T value = x[i * depth + k];
-      sum[i][0] += value * low;
-      sum[i][1] += value * high;
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    store(y + i * y_stride, sum[i][0]);
-    store(y + i * y_stride + lanes, sum[i][1]);
-  }
-}
-
-template <typename T, int M>
-inline void product_rest(int64_t count, const T* x, int64_t depth, const T* weights, T* y, int64_t y_stride) {
-  if constexpr (M > 0) {
-    if (count == M) return product_group<T, M>(x, depth, weights, y, y_stride);
-    product_rest<T, M - 1>(count, x, depth, weights, y, y_stride);
+    for (int point = 0; point < kPoints; ++point) store(points + point * point_stride + i * lanes, t[point]);
   }
 }
 
@@ -198,18 +166,119 @@ inline void transform_inputs(const int64_t* voxels, const T* x, int64_t x_stride
   }
 }
 
+// Products of one tile, [point * stride + c - begin], to its outputs, for channels [begin, end) of `wide`.
+template <typename T>
+inline void transform_outputs(const Window& window, const int64_t* voxels, const T* products, int64_t stride,
+                              const T* bias, T* written, int64_t wide, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  using V = typename Vector<T>::type;
+  for (int64_t c = begin; c < end; c += lanes) {
+    V a[32], y[8];
+    for (int yx = 0; yx < 16; ++yx) {
+      V m[4];
+#pragma GCC unroll 4
+      for (int z = 0; z < 4; ++z) m[z] = load(products + (z * 16 + yx) * stride + c - begin);
+      transform_output_axis(m, 1, a + yx, a + 16 + yx);  // [2, 4, 4]
+    }
+    for (int z = 0; z < 2; ++z) {
+      V b[8];
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) transform_output_axis(a + z * 16 + x, 4, b + x, b + 4 + x);  // [2, 4]
+#pragma GCC unroll 2
+      for (int row = 0; row < 2; ++row) {
+        transform_output_axis(b + row * 4, 1, y + z * 4 + row * 2, y + z * 4 + row * 2 + 1);
+      }
+    }
+    const int64_t filled = std::min(lanes, end - c);
+    alignas(64) T line[lanes];
+    for (int j = 0; j < 8; ++j) {
+      T* out = written + voxels[j] * wide + c;
+      if (window.written_voxels != nullptr && !window.written_voxels[voxels[j]]) {
+        std::fill_n(out, filled, T(0));
+      } else if (filled == lanes) {
+        store(out, bias == nullptr ? y[j] : y[j] + load(bias + c));
+      } else {
+        store(line, y[j]);
+        for (int64_t l = 0; l < filled; ++l) out[l] = bias == nullptr ? line[l] : line[l] + bias[c + l];
+      }
+    }
+  }
+}
+
+// Where tiles are few, transformed weights would be written to memory and read back for a handful of products. So a panel
+// is packed and transformed slice by slice of the gathered channels, each slice used at once, in the cache, for all tiles.
+// Tiles are taken so many at a time, that their products stay in the L2 cache.
+constexpr int64_t kTilesOfPanel = 64;
+
+template <typename T>
+void conv3d_winograd_by_panel(const Tiles& tiles, const T* gathered, const T* weight, const T* bias, T* written,
+                              int64_t in_channels, int64_t out_channels, int threads) {
+  constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
+  if (tiles.total == 0) return;
+  const Window& window = tiles.w;
+  const int64_t depth = window.transposed ? out_channels : in_channels;
+  const int64_t wide = window.transposed ? in_channels : out_channels;
+  const int64_t panels = (wide + panel - 1) / panel;
+  const int64_t groups = (tiles.total + kTilesOfPanel - 1) / kTilesOfPanel, largest = (tiles.total + groups - 1) / groups;
+  // More threads than panels share the tiles; a result does not depend on how they are cut.
+  const int64_t cuts = std::clamp<int64_t>((2 * threads + panels - 1) / panels, 1, largest);
+  const int64_t input_stride = spread(largest * depth), product_stride = spread((largest + cuts - 1) / cuts * panel);
+  const int64_t bytes = static_cast<int64_t>(kPoints * panel * sizeof(T));
+  const int64_t slice = std::clamp<int64_t>(kSliceBytes / bytes, 1, depth), stride = (slice + 1) * panel;
+  AlignedBuffer<T> inputs(kPoints * input_stride);
+  const BufferPerThread<T> all_packed(threads, 27 * stride), all_points(threads, kPoints * stride);
+  const BufferPerThread<T> all_products(threads, kPoints * product_stride);
+#pragma omp parallel num_threads(threads)
+  for (int64_t group = 0; group < groups; ++group) {
+    T *packed = all_packed.mine(), *points = all_points.mine(), *products = all_products.mine();
+    int64_t voxels[kPoints];
+    const int64_t begin = tiles.total * group / groups, total = tiles.total * (group + 1) / groups - begin;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < total; ++i) {
+      tiles.inputs(begin + i, voxels);
+      transform_inputs(voxels, gathered, depth, depth, inputs.data + i * depth, input_stride);
+    }
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t cut = 0; cut < cuts; ++cut) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t first = total * cut / cuts, count = total * (cut + 1) / cuts - first;
+        std::fill_n(products, kPoints * product_stride, T(0));
+        for (int64_t k = 0; k < depth; k += slice) {
+          const int64_t end = std::min(depth, k + slice);
+          pack_panel(weight, window.transposed, 27, in_channels, out_channels, p, k, end, packed, stride);
+          transform_weights(packed, stride, window.transposed, (end - k) * panel / lanes, points, stride);
+          for (int point = 0; point < kPoints; ++point) {
+            const T* x = inputs.data + point * input_stride + first * depth + k;
+            product<T, true>(count, x, depth, end - k, points + point * stride, products + point * product_stride, panel);
+          }
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          tiles.outputs(begin + first + i, voxels);
+          transform_outputs(window, voxels, products + i * panel, product_stride, bias, written, wide, p * panel,
+                            std::min(wide, (p + 1) * panel));
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 void conv3d_winograd(const Window& window, const T* gathered, const T* weight, const T* bias, T* written,
                      int64_t in_channels, int64_t out_channels, int threads) {
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
-  using V = typename Vector<T>::type;
+  const Tiles tiles(window);
+  if (tiles.total <= 4 * kTilesOfPanel) {
+    return conv3d_winograd_by_panel(tiles, gathered, weight, bias, written, in_channels, out_channels, threads);
+  }
   const int64_t depth = window.transposed ? out_channels : in_channels;
   const int64_t wide = window.transposed ? in_channels : out_channels;
   const int64_t panels = (wide + panel - 1) / panel, padded = panels * panel, size = panels * depth * panel;
-  AlignedBuffer<T> packed(27 * size), points(kPoints * size);
+  AlignedBuffer<T> packed(27 * size), points(kPoints * size);  // [27 or 64, panel, k, NR]
   pack_weights(weight, window.transposed, 27, in_channels, out_channels, packed.data, threads);
-  transform_weights(packed.data, window.transposed, panels, depth, points.data, threads);
-  const Tiles tiles(window);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < panels * depth; ++line) {
+    transform_weights(packed.data + line * panel, size, window.transposed, panel / lanes, points.data + line * panel, size);
+  }
   // Whole groups of rows, and work for all threads; a result does not depend on how tiles are cut into chunks.
   const int64_t even = (tiles.total / (4 * threads) + REGISTER_ROWS - 1) / REGISTER_ROWS * REGISTER_ROWS;
   const int64_t chunk = std::clamp<int64_t>(even, REGISTER_ROWS, kChunkTiles);
@@ -232,47 +301,12 @@ void conv3d_winograd(const Window& window, const T* gathered, const T* weight, c
         T* y = products + point * product_stride;
         for (int64_t p = 0; p < panels; ++p) {
           const T* weights = points.data + point * size + p * depth * panel;
-          int64_t i = 0;
-          for (; i + REGISTER_ROWS <= count; i += REGISTER_ROWS) {
-            product_group<T, REGISTER_ROWS>(x + i * depth, depth, weights, y + i * padded + p * panel, padded);
-          }
-          product_rest<T, REGISTER_ROWS - 1>(count - i, x + i * depth, depth, weights, y + i * padded + p * panel, padded);
+          product<T, false>(count, x, depth, depth, weights, y + p * panel, padded);
         }
       }
       for (int64_t i = 0; i < count; ++i) {
         tiles.outputs(first + i, voxels);
-        const T* products_of = products + i * padded;
-        for (int64_t c = 0; c < wide; c += lanes) {
-          V a[32], y[8];
-          for (int yx = 0; yx < 16; ++yx) {
-            V m[4];
-#pragma GCC unroll 4
-            for (int z = 0; z < 4; ++z) m[z] = load(products_of + (z * 16 + yx) * product_stride + c);
-            transform_output_axis(m, 1, a + yx, a + 16 + yx);  // [2, 4, 4]
-          }
-          for (int z = 0; z < 2; ++z) {
-            V b[8];
-#pragma GCC unroll 4
-            for (int x = 0; x < 4; ++x) transform_output_axis(a + z * 16 + x, 4, b + x, b + 4 + x);  // [2, 4]
-#pragma GCC unroll 2
-            for (int row = 0; row < 2; ++row) {
-              transform_output_axis(b + row * 4, 1, y + z * 4 + row * 2, y + z * 4 + row * 2 + 1);
-            }
-          }
-          const int64_t filled = std::min(lanes, wide - c);
-          alignas(64) T line[lanes];
-          for (int j = 0; j < 8; ++j) {
-            T* out = written + voxels[j] * wide + c;
-            if (window.written_voxels != nullptr && !window.written_voxels[voxels[j]]) {
-              std::fill_n(out, filled, T(0));
-            } else if (filled == lanes) {
-              store(out, bias == nullptr ? y[j] : y[j] + load(bias + c));
-            } else {
-              store(line, y[j]);
-              for (int64_t l = 0; l < filled; ++l) out[l] = bias == nullptr ? line[l] : line[l] + bias[c + l];
-            }
-          }
-        }
+        transform_outputs(window, voxels, products + i * padded, product_stride, bias, written, wide, 0, wide);
       }
     }
   }
@@ -367,13 +401,100 @@ inline void transform_gradients_plane(const Window& w, const int64_t* voxels, in
   }
 }
 
+// The 64 points of the gradient for one vector of output channels, from `out` on, and input channel k, to its 27 taps.
+template <typename T>
+inline void transform_weight_gradient(const typename Vector<T>::type* points, T* grad_weight, int64_t in_channels,
+                                      int64_t out_channels, int64_t out, int64_t k) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  typename Vector<T>::type a[48], b[36], g[27];
+  alignas(64) T lines[27 * lanes];
+  for (int yx = 0; yx < 16; ++yx) gather_weight_axis(points + yx, 16, a + yx, 16);  // [3, 4, 4]
+  for (int z = 0; z < 3; ++z) {
+    for (int x = 0; x < 4; ++x) gather_weight_axis(a + z * 16 + x, 4, b + z * 12 + x, 4);  // [3, 3, 4]
+  }
+  for (int zy = 0; zy < 9; ++zy) gather_weight_axis(b + zy * 4, 1, g + zy * 3, 1);  // [3, 3, 3]
+  for (int tap = 0; tap < 27; ++tap) store(lines + tap * lanes, g[tap]);
+  T* to = grad_weight + (out * in_channels + k) * 27;
+  if (kTransposes && out + lanes <= out_channels) {
+    for (int64_t tap = 0; tap < 27; tap += lanes) {
+      const int64_t first = std::min(tap, 27 - lanes);  // the last ones overlap those before
+      transpose(lines + first * lanes, lanes, to + first, in_channels * 27);
+    }
+    return;
+  }
+  for (int64_t l = 0; l < std::min(lanes, out_channels - out); ++l) {
+    for (int tap = 0; tap < 27; ++tap) to[l * in_channels * 27 + tap] = lines[tap * lanes + l];
+  }
+}
+
+// As the convolution by panel: the points of a few weights at a time are added up and transformed in the cache.
+template <typename T>
+void conv3d_grad_weight_winograd_by_panel(const Tiles& tiles, const T* grad, const T* x, T* grad_weight,
+                                          int64_t in_channels, int64_t out_channels, int threads) {
+  constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes, rows = 4 * REGISTER_ROWS;
+  const int64_t panels = (out_channels + panel - 1) / panel, row_groups = (in_channels + rows - 1) / rows;
+  const int64_t input_stride = spread(tiles.total * rows), gradient_stride = spread(tiles.total * panel);
+  // [rows or panel, point, tile, channel]: what is multiplied lies together.
+  AlignedBuffer<T> inputs(row_groups * kPoints * input_stride), gradients(panels * kPoints * gradient_stride);
+  const BufferPerThread<T> all_sums(threads, kPoints * rows * panel);
+  std::vector<int64_t> source(tiles.total);
+  std::vector<int32_t> target(tiles.total);
+  for (int64_t i = 0; i < tiles.total; ++i) source[i] = target[i] = static_cast<int32_t>(i);
+#pragma omp parallel num_threads(threads)
+  {
+    T* sums = all_sums.mine();
+    int64_t voxels[kPoints];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tiles.total; ++i) {
+      tiles.inputs(i, voxels);
+      for (int64_t r = 0; r < row_groups; ++r) {
+        transform_inputs(voxels, x + r * rows, in_channels, std::min(rows, in_channels - r * rows),
+                         inputs.data + r * kPoints * input_stride + i * rows, input_stride);
+      }
+      tiles.outputs(i, voxels);
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int plane = 0; plane < 4; ++plane) {
+          T* to = gradients.data + (p * kPoints + plane * 16) * gradient_stride + i * panel;
+          transform_gradients_plane(tiles.w, voxels, plane, grad, out_channels, p * panel, (p + 1) * panel, to,
+                                    gradient_stride);
+        }
+      }
+    }
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t r = 0; r < row_groups; ++r) {
+        const int64_t count = std::min(rows, in_channels - r * rows);
+        std::fill_n(sums, kPoints * rows * panel, T(0));
+        for (int point = 0; point < kPoints; ++point) {
+          const T* from = inputs.data + (r * kPoints + point) * input_stride;
+          const T* g = gradients.data + (p * kPoints + point) * gradient_stride;
+          for (int64_t m = 0; m < count; m += REGISTER_ROWS) {
+            correlate_rows<T, REGISTER_ROWS>(std::min<int64_t>(REGISTER_ROWS, count - m), tiles.total, from + m, rows,
+                                             source.data(), g, panel, target.data(), sums + (point * rows + m) * panel);
+          }
+        }
+        for (int64_t m = 0; m < count; ++m) {
+          for (int64_t half = 0; half < panel; half += lanes) {
+            typename Vector<T>::type t[kPoints];
+            for (int i = 0; i < kPoints; ++i) t[i] = load(sums + (i * rows + m) * panel + half);
+            transform_weight_gradient(t, grad_weight, in_channels, out_channels, p * panel + half, r * rows + m);
+          }
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x, T* grad_weight, int64_t in_channels,
                                  int64_t out_channels, int threads) {
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
   using V = typename Vector<T>::type;
-  const int64_t panels = (out_channels + panel - 1) / panel, padded = panels * panel;
   const Tiles tiles(window);
+  if (tiles.total <= 2 * kTilesOfPanel) {
+    return conv3d_grad_weight_winograd_by_panel(tiles, grad, x, grad_weight, in_channels, out_channels, threads);
+  }
+  const int64_t panels = (out_channels + panel - 1) / panel, padded = panels * panel;
   // An item of work is a part of the tiles, one of four planes of points, and some panels of output channels. Parts and
   // chunks depend on the problem alone, so that results do not depend on the threads.
   constexpr int64_t kPartBytes = int64_t(16) << 20, kChunkBytes = int64_t(512) << 10;
@@ -433,24 +554,13 @@ void conv3d_grad_weight_winograd(const Window& window, const T* grad, const T* x
     for (int64_t p = 0; p < panels; ++p) {
       for (int64_t k = 0; k < in_channels; ++k) {
         for (int64_t half = 0; half < panel; half += lanes) {
-          V t[kPoints], a[48], b[36], g[27];
-          alignas(64) T lines[27 * lanes];
+          V t[kPoints];
           for (int i = 0; i < kPoints; ++i) {
             const T* sum = sums.data + i * size + (p * in_channels + k) * panel + half;
             t[i] = load(sum);
             for (int64_t part = 1; part < parts; ++part) t[i] += load(sum + part * kPoints * size);
           }
-          for (int yx = 0; yx < 16; ++yx) gather_weight_axis(t + yx, 16, a + yx, 16);  // [3, 4, 4]
-          for (int z = 0; z < 3; ++z) {
-            for (int x_ = 0; x_ < 4; ++x_) gather_weight_axis(a + z * 16 + x_, 4, b + z * 12 + x_, 4);  // [3, 3, 4]
-          }
-          for (int zy = 0; zy < 9; ++zy) gather_weight_axis(b + zy * 4, 1, g + zy * 3, 1);  // [3, 3, 3]
-          for (int tap = 0; tap < 27; ++tap) store(lines + tap * lanes, g[tap]);
-          const int64_t out = p * panel + half, filled = std::min(lanes, out_channels - out);
-          for (int64_t l = 0; l < filled; ++l) {
-            T* to = grad_weight + ((out + l) * in_channels + k) * 27;
-            for (int tap = 0; tap < 27; ++tap) to[tap] = lines[tap * lanes + l];
-          }
+          transform_weight_gradient(t, grad_weight, in_channels, out_channels, p * panel + half, k);
         }
       }
     }

@@ -37,7 +37,7 @@ build() {
   "$cxx" -fopenmp "$folder/try.cc" -o "$folder/try" 2> /dev/null || { openmp= && echo "without OpenMP: one thread"; }
   for source in "$csrc"/cpu/isa_*.cc "$tests"/*.cc; do
     case $(basename "$source") in
-      isa_avx2.cc) flags="-mavx2 -mfma" ;;
+      isa_avx2.cc) flags="-mavx2 -mfma -mf16c" ;;
       isa_avx512.cc) flags="-mavx512f -mavx512vl -mfma -mprefer-vector-width=512" ;;
       *) flags= ;;
     esac

@@ -14,12 +14,13 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
-#include "cpu/pool.h"
 #include "tests/problem.h"
 
 namespace s3d::cpu {
@@ -28,6 +29,9 @@ const InstructionSet& wide();  // isa_wide.cc
 
 namespace {
 
+using s3d::bfloat16;
+using s3d::computed;
+using s3d::float16;
 using s3d::Triple;
 using s3d::Window;
 using s3d::cpu::InstructionSet;
@@ -44,10 +48,10 @@ class Buffer {
   explicit Buffer(int64_t size) : size_(size), skipped_(made_++ % 2) {
     memory_ = static_cast<T*>(std::malloc((size + skipped_) * sizeof(T)));
     if (memory_ == nullptr) throw std::bad_alloc();
-    std::fill_n(data(), size, static_cast<T>(kNaN));
+    std::fill_n(data(), size, s3d::narrow<T>(static_cast<computed<T>>(kNaN)));
   }
   explicit Buffer(const std::vector<double>& values) : Buffer(static_cast<int64_t>(values.size())) {
-    for (int64_t i = 0; i < size_; ++i) data()[i] = static_cast<T>(values[i]);
+    for (int64_t i = 0; i < size_; ++i) data()[i] = s3d::narrow<T>(static_cast<computed<T>>(values[i]));
   }
   ~Buffer() { std::free(memory_); }
   Buffer(const Buffer&) = delete;
@@ -93,7 +97,7 @@ void fail(Report& r, const std::string& problem, const std::string& what) {
 
 template <typename T>
 const char* type_name() {
-  return sizeof(T) == 4 ? "float" : "double";
+  return sizeof(T) == 4 ? "float" : sizeof(T) == 8 ? "double" : std::is_same_v<T, bfloat16> ? "bf16" : "fp16";
 }
 
 // A result and the sum of the magnitudes that were added up, which bounds its rounding; 0: it must be exact.
@@ -119,7 +123,7 @@ template <typename T, typename Call>
 void check(Report& r, const std::string& problem, const std::vector<Expected>& expected, double ulps,
            const Call& call) {
   ++r.problems;
-  const double eps = std::numeric_limits<T>::epsilon();
+  const double eps = std::numeric_limits<computed<T>>::epsilon();
   std::vector<std::unique_ptr<Buffer<T>>> first;
   for (int threads : kThreads) {
     std::vector<std::unique_ptr<Buffer<T>>> outputs;
@@ -133,7 +137,7 @@ void check(Report& r, const std::string& problem, const std::vector<Expected>& e
       first = std::move(outputs);
       for (size_t o = 0; o < expected.size(); ++o) {
         for (int64_t i = 0; i < first[o]->size(); ++i) {
-          const double got = first[o]->data()[i], want = expected[o].value[i];
+          const double got = s3d::widen(first[o]->data()[i]), want = expected[o].value[i];
           const double tolerance = ulps * eps * expected[o].magnitude[i];
           if (got == want) continue;  // also infinities
           const double error = std::abs(got - want);
@@ -161,23 +165,6 @@ void check(Report& r, const std::string& problem, const std::vector<Expected>& e
 // ---- convolution
 
 std::vector<const InstructionSet*> sets;
-
-template <typename T>
-const s3d::cpu::Kernels<T>& kernels_of(const InstructionSet& set) {
-  if constexpr (sizeof(T) == 4) {
-    return set.f32;
-  } else {
-    return set.f64;
-  }
-}
-template <typename T>
-const s3d::cpu::NormKernels<T>& norm_kernels_of(const InstructionSet& set) {
-  if constexpr (sizeof(T) == 4) {
-    return set.norm_f32;
-  } else {
-    return set.norm_f64;
-  }
-}
 
 // Winograd's method adds up what lies in other windows too: rounding is that of the largest result.
 Expected blurred(Expected e, const Side* side, int64_t channels) {
@@ -227,7 +214,7 @@ struct Convolution {
 
   template <typename T>
   void check_all(const InstructionSet& set) const {
-    const auto& kernels = kernels_of<T>(set);
+    const auto& kernels = std::get<s3d::cpu::Kernels<T>>(set.conv);
     const Buffer<T> x_(x), grad_(grad), weight_(weight), out_bias_(out_bias), in_bias_(in_bias);
     const T* b_out = out_bias.empty() ? nullptr : out_bias_.data();
     const T* b_in = in_bias.empty() ? nullptr : in_bias_.data();
@@ -264,11 +251,282 @@ struct Convolution {
   std::string name;
 };
 
+// ---- half precision: what the kernels for float give on the same values, rounded
+
+template <typename S>
+std::vector<double> exact_in(std::vector<double> values) {
+  for (double& v : values) v = static_cast<double>(s3d::widen(s3d::narrow<S>(static_cast<computed<S>>(v))));
+  return values;
+}
+
+template <typename S>
+struct Both {
+  explicit Both(const std::vector<double>& values) : half(values), wide(exact_in<S>(values)) {}
+  Buffer<S> half;
+  Buffer<float> wide;
+};
+
+// Compares `size` values in S and `table` values in float: half(S*, float*, threads) and wide(float*, float*).
+template <typename S, typename Half, typename Wide>
+void check_half(const InstructionSet& set, const char* kernel, const std::string& problem, int64_t size, int64_t table,
+                const Half& half, const Wide& wide) {
+  Report& r = report(set.name, type_name<S>(), kernel);
+  ++r.problems;
+  Buffer<float> values(size), expected_table(table);
+  Buffer<S> expected(size);
+  wide(values.data(), expected_table.data());
+  for (int64_t i = 0; i < size; ++i) expected.data()[i] = s3d::narrow<S>(values.data()[i]);
+  for (int threads : kThreads) {
+    Buffer<S> got(size);
+    Buffer<float> got_table(table);
+    half(got.data(), got_table.data(), threads);
+    if (!got.same_bits(expected) || !got_table.same_bits(expected_table)) {
+      fail(r, problem, "differs from what is computed in float, with " + std::to_string(threads) + " threads");
+      return;
+    }
+  }
+}
+
+template <typename S>
+void check_half_convolution(const InstructionSet& set, const Problem& p, const Channels& c, uint64_t seed) {
+  Random random(seed);
+  const auto& halves = std::get<s3d::cpu::Kernels<S>>(set.conv);
+  const auto& floats = std::get<s3d::cpu::Kernels<float>>(set.conv);
+  const int64_t inputs = p.source.size() * c.in, outputs = p.target.size() * c.out;
+  const int64_t weights = c.out * (c.in / c.groups) * p.shape.kernel.volume();
+  const Both<S> x(p.source.features(random.values(inputs), c.in)), g(p.target.features(random.values(outputs), c.out));
+  const Both<S> w(random.values(weights)), b(random.values(c.out));
+  const std::string name = p.name + " channels " + std::to_string(c.in) + " to " + std::to_string(c.out) + " groups " +
+                           std::to_string(c.groups);
+  check_half<S>(
+      set, "conv3d", name, outputs, 0,
+      [&](S* out, float*, int threads) {
+        halves.conv3d(p.forward, x.half.data(), w.half.data(), b.half.data(), out, c.in, c.out, c.groups, threads);
+      },
+      [&](float* out, float*) {
+        floats.conv3d(p.forward, x.wide.data(), w.wide.data(), b.wide.data(), out, c.in, c.out, c.groups, 1);
+      });
+  check_half<S>(
+      set, "conv3d transposed", name, inputs, 0,
+      [&](S* out, float*, int threads) {
+        halves.conv3d(p.transposed, g.half.data(), w.half.data(), nullptr, out, c.in, c.out, c.groups, threads);
+      },
+      [&](float* out, float*) {
+        floats.conv3d(p.transposed, g.wide.data(), w.wide.data(), nullptr, out, c.in, c.out, c.groups, 1);
+      });
+  check_half<S>(
+      set, "conv3d_grad_weight", name, weights, 0,
+      [&](S* out, float*, int threads) {
+        halves.conv3d_grad_weight(p.forward, g.half.data(), x.half.data(), out, c.in, c.out, c.groups, threads);
+      },
+      [&](float* out, float*) {
+        floats.conv3d_grad_weight(p.forward, g.wide.data(), x.wide.data(), out, c.in, c.out, c.groups, 1);
+      });
+  if (c.groups != 1 || !set.winograd_applies(p.forward)) return;
+  check_half<S>(
+      set, "conv3d_winograd", name, outputs, 0,
+      [&](S* out, float*, int threads) {
+        halves.conv3d_winograd(p.forward, x.half.data(), w.half.data(), b.half.data(), out, c.in, c.out, threads);
+      },
+      [&](float* out, float*) {
+        floats.conv3d_winograd(p.forward, x.wide.data(), w.wide.data(), b.wide.data(), out, c.in, c.out, 1);
+      });
+  check_half<S>(
+      set, "conv3d_grad_weight_winograd", name, weights, 0,
+      [&](S* out, float*, int threads) {
+        halves.conv3d_grad_weight_winograd(p.forward, g.half.data(), x.half.data(), out, c.in, c.out, threads);
+      },
+      [&](float* out, float*) {
+        floats.conv3d_grad_weight_winograd(p.forward, g.wide.data(), x.wide.data(), out, c.in, c.out, 1);
+      });
+}
+
+template <typename S>
+void check_half_pooling(const InstructionSet& set, const Problem& p, const Triple& volume, int64_t channels,
+                        int64_t divisor, uint64_t seed) {
+  Random random(seed);
+  const auto& halves = std::get<s3d::cpu::PoolKernels<S>>(set.pool);
+  const auto& floats = std::get<s3d::cpu::PoolKernels<float>>(set.pool);
+  const int64_t inputs = p.source.size() * channels, outputs = p.target.size() * channels;
+  const Both<S> x(p.source.features(random.coarse(inputs), channels));
+  const Both<S> g(p.target.features(random.values(outputs), channels));
+  const Place place = {p.target.layout.index.data(), volume};
+  const std::string name = p.name + " channels " + std::to_string(channels);
+  check_half<S>(
+      set, "average", name, outputs, 0,
+      [&](S* out, float*, int n) { halves.average(p.forward, place, x.half.data(), out, channels, divisor, n); },
+      [&](float* out, float*) { floats.average(p.forward, place, x.wide.data(), out, channels, divisor, 1); });
+  check_half<S>(
+      set, "average_grad", name, inputs, 0,
+      [&](S* out, float*, int n) {
+        halves.average_grad(p.forward, p.transposed, place, g.half.data(), out, channels, divisor, n);
+      },
+      [&](float* out, float*) {
+        floats.average_grad(p.forward, p.transposed, place, g.wide.data(), out, channels, divisor, 1);
+      });
+  std::vector<int32_t> winners(outputs, -2), wanted(outputs, -2);
+  check_half<S>(
+      set, "maximum", name, outputs, 0,
+      [&](S* out, float*, int n) {
+        halves.maximum(p.forward, place, x.half.data(), out, winners.data(), channels, n);
+      },
+      [&](float* out, float*) {
+        floats.maximum(p.forward, place, x.wide.data(), out, wanted.data(), channels, 1);
+      });
+  if (winners != wanted) fail(report(set.name, type_name<S>(), "maximum"), name, "other winners");
+  check_half<S>(
+      set, "maximum_grad", name, inputs, 0,
+      [&](S* out, float*, int n) { halves.maximum_grad(p.transposed, wanted.data(), g.half.data(), out, channels, n); },
+      [&](float* out, float*) { floats.maximum_grad(p.transposed, wanted.data(), g.wide.data(), out, channels, 1); });
+}
+
+template <typename S>
+void check_half_norm(const InstructionSet& set, const Side& side, int64_t channels, uint64_t seed) {
+  Random random(seed);
+  const auto& halves = std::get<s3d::cpu::NormKernels<S>>(set.norm);
+  const auto& floats = std::get<s3d::cpu::NormKernels<float>>(set.norm);
+  const int64_t samples = side.layout.batch, size = side.size() * channels, table = samples * channels;
+  const Rows rows = {samples, side.layout.offsets.data(), side.block.volume(), side.voxels()};
+  const auto drawn = [&] { return side.features(random.values(size), channels); };
+  const Both<S> x(drawn()), g(drawn()), y(drawn());
+  const Buffer<float> mean(random.values(table)), rstd(random.values(table)), scale(random.values(table)),
+      shift(random.values(table)), tilt(random.values(table));
+  const float *m = mean.data(), *d = rstd.data(), *a = scale.data(), *b = shift.data(), *t = tilt.data();
+  const std::string name = std::to_string(samples) + " samples, " + std::to_string(side.layout.rows) + " blocks " +
+                           text(side.block) + (side.voxels() ? " masked" : "") + " channels " +
+                           std::to_string(channels);
+  check_half<S>(
+      set, "norm statistics", name, 0, 2 * table,
+      [&](S*, float* out, int n) { halves.statistics(rows, x.half.data(), out, out + table, channels, n); },
+      [&](float*, float* out) { floats.statistics(rows, x.wide.data(), out, out + table, channels, 1); });
+  for (const bool add : {false, true}) {
+    check_half<S>(
+        set, "norm apply", name, size, 0,
+        [&](S* out, float*, int n) {
+          halves.apply(rows, x.half.data(), m, a, b, add ? y.half.data() : nullptr, 0.1f, out, channels, n);
+        },
+        [&](float* out, float*) {
+          floats.apply(rows, x.wide.data(), m, a, b, add ? y.wide.data() : nullptr, 0.1f, out, channels, 1);
+        });
+  }
+  for (int kind = 0; kind < 3; ++kind) {
+    const bool before = kind > 0, by_y = kind > 1;
+    const float slope = before ? 0.1f : 1;
+    check_half<S>(
+        set, "norm grad_sums", name, before ? size : 0, 2 * table,
+        [&](S* out, float* sums, int n) {
+          halves.grad_sums(rows, g.half.data(), x.half.data(), by_y ? y.half.data() : nullptr, m, d, a, b, slope,
+                           before ? out : nullptr, sums, sums + table, channels, n);
+        },
+        [&](float* out, float* sums) {
+          floats.grad_sums(rows, g.wide.data(), x.wide.data(), by_y ? y.wide.data() : nullptr, m, d, a, b, slope,
+                           before ? out : nullptr, sums, sums + table, channels, 1);
+        });
+  }
+  check_half<S>(
+      set, "norm grad_input", name, size, 0,
+      [&](S* out, float*, int n) {
+        halves.grad_input(rows, g.half.data(), x.half.data(), m, d, a, b, t, out, channels, n);
+      },
+      [&](float* out, float*) {
+        floats.grad_input(rows, g.wide.data(), x.wide.data(), m, d, a, b, t, out, channels, 1);
+      });
+  check_half<S>(
+      set, "channel_sums", name, channels, 0,
+      [&](S* out, float*, int n) { halves.channel_sums(rows, x.half.data(), out, channels, n); },
+      [&](float* out, float*) { floats.channel_sums(rows, x.wide.data(), out, channels, 1); });
+}
+
+// The value of finite bits, by the definition of the format.
+double value_of(uint32_t bits, int exponent_bits) {
+  const int mantissa_bits = 15 - exponent_bits, offset = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = static_cast<int>(bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const int mantissa = static_cast<int>(bits) & ((1 << mantissa_bits) - 1);
+  return std::ldexp(mantissa + (exponent > 0 ? 1 << mantissa_bits : 0), std::max(exponent, 1) - offset - mantissa_bits);
+}
+
+// Each value of S widened; each value, the middle to the next one and the floats beside that rounded. In lines of
+// `length` channels: short ones are converted one by one, long ones as vectors.
+template <typename S>
+void check_conversions(const InstructionSet& set, int64_t length) {
+  const auto& kernels = std::get<s3d::cpu::NormKernels<S>>(set.norm);
+  Report& r = report(set.name, type_name<S>(), "conversions");
+  ++r.problems;
+  const int exponent_bits = std::is_same_v<S, bfloat16> ? 8 : 5;
+  const uint32_t infinite = 0x8000u - (1u << (15 - exponent_bits));
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  std::vector<std::pair<double, uint16_t>> values;  // and their bits
+  for (uint32_t bits = 0; bits <= infinite; ++bits) values.push_back({value_of(bits, exponent_bits), bits});
+  // Infinity stands where the next value would lie, so the last middle is as the others.
+  std::vector<std::pair<float, uint16_t>> rounded;
+  for (uint32_t bits = 0; bits < infinite; ++bits) {
+    const float low = static_cast<float>(values[bits].first);
+    const double sum = values[bits].first + values[bits + 1].first;
+    const float middle = static_cast<float>(sum / 2);
+    rounded.push_back({low, bits});
+    rounded.push_back({std::nextafter(middle, 0.0f), bits});
+    rounded.push_back({middle, bits + bits % 2});
+    rounded.push_back({std::nextafter(middle, std::numeric_limits<float>::infinity()), bits + 1});
+  }
+  values.back().first = kInfinity;
+  rounded.push_back({std::numeric_limits<float>::infinity(), infinite});
+  rounded.push_back({std::numeric_limits<float>::max(), infinite});
+  for (uint32_t bits = infinite + 1; bits < 0x8000u; ++bits) values.push_back({kNaN, bits});
+  const auto both_signs = [&](auto& all) {
+    for (size_t i = 0, size = all.size(); i < size; ++i) all.push_back({-all[i].first, all[i].second | 0x8000u});
+    while (all.size() % length != 0) all.push_back({0, 0});
+  };
+  both_signs(values);
+  both_signs(rounded);
+
+  // One voxel. Its gradient's sums are the gradient; -0 + shift is the shift.
+  const int32_t offsets[2] = {0, 1};
+  const Rows rows = {1, offsets, 1, nullptr};
+  const Buffer<float> zeros(std::vector<double>(length, 0)), ones(std::vector<double>(length, 1));
+  const float *zero = zeros.data(), *one = ones.data();
+  const Buffer<S> minus_zeros(std::vector<double>(length, -0.0));
+  const auto complain = [&](const char* what, double from, unsigned got) {
+    char text[100];
+    std::snprintf(text, sizeof text, "%s %.9g gave bits %x", what, from, got);
+    fail(r, "lines of " + std::to_string(length), text);
+  };
+  Buffer<S> line(length), out(length);
+  Buffer<float> shift(length), sums(length), products(length);
+  for (size_t first = 0; first < values.size(); first += length) {
+    for (int64_t i = 0; i < length; ++i) line.data()[i].bits = values[first + i].second;
+    kernels.grad_sums(rows, line.data(), minus_zeros.data(), nullptr, zero, zero, zero, zero, 1, nullptr, sums.data(),
+                      products.data(), length, 1);
+    for (int64_t i = 0; i < length; ++i) {
+      const double want = values[first + i].first, got = sums.data()[i];
+      if (got == want || (std::isnan(want) && std::isnan(got))) continue;
+      complain("widening to", want, values[first + i].second);
+    }
+    kernels.apply(rows, line.data(), zero, one, zero, minus_zeros.data(), 1, out.data(), length, 1);
+    for (int64_t i = 0; i < length; ++i) {
+      const double want = values[first + i].first;
+      if (std::isnan(want) && !std::isnan(s3d::widen(out.data()[i]))) complain("NaN", want, out.data()[i].bits);
+    }
+  }
+  for (size_t first = 0; first < rounded.size(); first += length) {
+    for (int64_t i = 0; i < length; ++i) shift.data()[i] = rounded[first + i].first;
+    kernels.apply(rows, minus_zeros.data(), zero, one, shift.data(), nullptr, 1, out.data(), length, 1);
+    for (int64_t i = 0; i < length; ++i) {
+      const uint16_t got = out.data()[i].bits;
+      if (got != rounded[first + i].second) complain("rounding", rounded[first + i].first, got);
+    }
+  }
+}
+
+// ---- all types and instruction sets
+
 void check_convolution(const Problem& p, const Channels& c, Random& random) {
   const Convolution convolution(p, c, random.chance(0.5), random);
+  const uint64_t seed = static_cast<uint64_t>(random.below(1 << 30));
   for (const InstructionSet* set : sets) {
     convolution.check_all<float>(*set);
     convolution.check_all<double>(*set);
+    check_half_convolution<bfloat16>(*set, p, c, seed);
+    check_half_convolution<float16>(*set, p, c, seed);
   }
 }
 
@@ -294,7 +552,9 @@ void check_tables(const Problem& p) {
 // ---- pooling
 
 template <typename T>
-void check_pooling_of(const Problem& p, const Triple& volume, int64_t channels, int64_t divisor, uint64_t seed) {
+void check_pooling_of(const InstructionSet& set, const Problem& p, const Triple& volume, int64_t channels,
+                      int64_t divisor, uint64_t seed) {
+  const auto& kernels = std::get<s3d::cpu::PoolKernels<T>>(set.pool);
   Random random(seed);
   const int64_t inputs = p.source.size(), outputs = p.target.size();
   const std::vector<double> x = p.source.features(random.values(inputs * channels), channels);
@@ -343,32 +603,35 @@ void check_pooling_of(const Problem& p, const Triple& volume, int64_t channels, 
   }
 
   const Buffer<T> x_(x), coarse_(coarse), grad_(grad);
-  const auto line = [&](const char* kernel) -> Report& { return report("any", type_name<T>(), kernel); };
+  const auto line = [&](const char* kernel) -> Report& { return report(set.name, type_name<T>(), kernel); };
   check<T>(line("average"), name, {mean}, 32, [&](T* const* out, int threads) {
-    s3d::cpu::average<T>(p.forward, place, x_.data(), out[0], channels, divisor, threads);
+    kernels.average(p.forward, place, x_.data(), out[0], channels, divisor, threads);
   });
   check<T>(line("average_grad"), name, {mean_grad}, 32, [&](T* const* out, int threads) {
-    const std::vector<T> factors = s3d::cpu::average_factors<T>(p.forward, place, divisor, threads);
-    s3d::cpu::average_grad<T>(p.transposed, factors.data(), grad_.data(), out[0], channels, threads);
+    kernels.average_grad(p.forward, p.transposed, place, grad_.data(), out[0], channels, divisor, threads);
   });
   Report& maximum = line("maximum");
   check<T>(maximum, name, {most}, 0, [&](T* const* out, int threads) {
-    s3d::cpu::maximum<T>(p.forward, place, coarse_.data(), out[0], nullptr, channels, threads);
+    kernels.maximum(p.forward, place, coarse_.data(), out[0], nullptr, channels, threads);
   });
   check<T>(maximum, name, {most}, 0, [&](T* const* out, int threads) {
     std::vector<int32_t> found(winners.size(), -2);
-    s3d::cpu::maximum<T>(p.forward, place, coarse_.data(), out[0], found.data(), channels, threads);
+    kernels.maximum(p.forward, place, coarse_.data(), out[0], found.data(), channels, threads);
     if (found != winners) fail(maximum, name, "other winners");
   });
   check<T>(line("maximum_grad"), name, {max_grad}, 32, [&](T* const* out, int threads) {
-    s3d::cpu::maximum_grad<T>(p.transposed, winners.data(), grad_.data(), out[0], channels, threads);
+    kernels.maximum_grad(p.transposed, winners.data(), grad_.data(), out[0], channels, threads);
   });
 }
 
 void check_pooling(Problem& p, const Triple& volume, int64_t channels, int64_t divisor, Random& random) {
   const uint64_t seed = static_cast<uint64_t>(random.below(1 << 30));
-  check_pooling_of<float>(p, volume, channels, divisor, seed);
-  check_pooling_of<double>(p, volume, channels, divisor, seed);
+  for (const InstructionSet* set : sets) {
+    check_pooling_of<float>(*set, p, volume, channels, divisor, seed);
+    check_pooling_of<double>(*set, p, volume, channels, divisor, seed);
+    check_half_pooling<bfloat16>(*set, p, volume, channels, divisor, seed);
+    check_half_pooling<float16>(*set, p, volume, channels, divisor, seed);
+  }
 }
 
 // ---- blocks of a dense volume
@@ -389,7 +652,7 @@ void check_blocks_of(const Side& side, const Triple& shape, int64_t channels, ui
   }
   std::vector<double> dense(step, kNaN);
   Expected blocks(side.size() * channels), scattered(step);
-  const std::vector<double> fill = random.values(channels);
+  const std::vector<double> fill = exact_in<T>(random.values(channels));
   for (int64_t i = 0; i < step; ++i) scattered.value[i] = fill[i % channels];
   for (int64_t n = 0; n < batch; ++n) {
     for (int64_t z = 0; z < shape.d; ++z) {
@@ -399,7 +662,7 @@ void check_blocks_of(const Side& side, const Triple& shape, int64_t channels, ui
           for (int64_t c = 0; c < channels && voxel >= 0; ++c) {
             int64_t place = c * volume.strides[1];
             for (int i = 0; i < 5; ++i) place += at[i] * volume.strides[i];
-            const double value = random.value();
+            const double value = exact_in<T>({random.value()})[0];
             dense[place] = blocks.value[voxel * channels + c] = value;
             scattered.value[(((n * shape.d + z) * shape.h + y) * shape.w + x) * channels + c] = value;
           }
@@ -427,7 +690,7 @@ void check_norm_of(const InstructionSet& set, const Side& side, int64_t channels
   Random random(seed);
   const int64_t samples = side.layout.batch, size = side.size(), table = samples * channels;
   const Rows rows = {samples, side.layout.offsets.data(), side.block.volume(), side.voxels()};
-  const auto& kernels = norm_kernels_of<T>(set);
+  const auto& kernels = std::get<s3d::cpu::NormKernels<T>>(set.norm);
   std::vector<double> drawn = random.values(size * channels);
   for (int64_t i = 0; i < size * channels; ++i) drawn[i] += static_cast<double>(i % channels % 5);
   const std::vector<double> x = side.features(drawn, channels);
@@ -565,6 +828,8 @@ void check_windows(int64_t every) {
           for (const Problem* either : {&p, &q}) {
             check_blocks_of<float>(either->source, either == &p ? full : less, channels, seed);
             check_blocks_of<double>(either->source, either == &p ? full : less, channels, seed);
+            check_blocks_of<bfloat16>(either->source, either == &p ? full : less, channels, seed);
+            check_blocks_of<float16>(either->source, either == &p ? full : less, channels, seed);
           }
         }
       }
@@ -604,6 +869,8 @@ void check_norms() {
       for (const InstructionSet* set : sets) {
         check_norm_of<float>(*set, side, channels, seed);
         check_norm_of<double>(*set, side, channels, seed);
+        check_half_norm<bfloat16>(*set, side, channels, seed);
+        check_half_norm<float16>(*set, side, channels, seed);
       }
     }
   }
@@ -648,6 +915,12 @@ int main(int count, char** arguments) {
   check_windows(every);
   if (every == 1) check_large_windows();
   check_norms();
+  for (const InstructionSet* set : sets) {
+    for (const int64_t length : {3, 64}) {
+      check_conversions<bfloat16>(*set, length);
+      check_conversions<float16>(*set, length);
+    }
+  }
   int64_t failures = 0;
   for (const Report& r : reports) {
     failures += r.failures;

@@ -1,8 +1,8 @@
 """Backend "native" for CPU tensors: C++ kernels that compute pairs of visible voxels only, without a halo copy.
 
 The library is built with the package (`csrc/cpu`) and found beside it. It picks the best instruction set of the
-processor when it is loaded. float32 and float64 are computed as they are; bfloat16 and float16 are stored so and
-computed in float32.
+processor when it is loaded. float32 and float64 are computed as they are; bfloat16 and float16 are read and written by
+the kernels themselves, computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ class NativeBackend:
     def conv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: WindowGeometry, groups: int) -> Tensor:
         y = _empty(x, len(geometry.target_index), *geometry.target_block, len(weight))
         _library().conv3d(_in(x), _in(weight), _maybe(bias), *_window(geometry), groups, y, _threads())
-        return y.to(x.dtype)
+        return y
 
     def conv3d_grad_input(self, grad: Tensor, weight: Tensor, geometry: WindowGeometry, groups: int) -> Tensor:
         rows = len(geometry.source_index)
         grad_x = _empty(grad, rows, *geometry.source_block, weight.shape[1] * groups)
         _library().conv3d_grad_input(_in(grad), _in(weight), *_window(geometry), groups, grad_x, _threads())
-        return grad_x.to(grad.dtype)
+        return grad_x
 
     def conv3d_grad_weight(
         self, grad: Tensor, x: Tensor, geometry: WindowGeometry, groups: int
@@ -139,14 +139,14 @@ class NativeBackend:
         grad_weight = _empty(x, grad.shape[-1], x.shape[-1] // groups, *geometry.kernel_size)
         grad_bias = _empty(x, grad.shape[-1])
         _library().conv3d_grad_weight(_in(grad), _in(x), *_window(geometry), groups, grad_weight, grad_bias, _threads())
-        return grad_weight.to(x.dtype), grad_bias.to(x.dtype)
+        return grad_weight, grad_bias
 
     # ---- pooling
 
     def pool3d(self, x: Tensor, geometry: WindowGeometry, kind: PoolKind, divisor: int) -> Tensor:
         y = _empty(x, len(geometry.target_index), *geometry.target_block, x.shape[-1])
         _library().pool3d(_in(x), *_placed_window(geometry), kind == "max", divisor, y, _threads())
-        return y.to(x.dtype)
+        return y
 
     def pool3d_grad(
         self, grad: Tensor, x: Tensor | None, geometry: WindowGeometry, kind: PoolKind, divisor: int
@@ -154,12 +154,13 @@ class NativeBackend:
         grad_x = _empty(grad, len(geometry.source_index), *geometry.source_block, grad.shape[-1])
         values = _maybe(x) if kind == "max" else None
         _library().pool3d_grad(_in(grad), values, *_placed_window(geometry), divisor, grad_x, _threads())
-        return grad_x.to(grad.dtype)
+        return grad_x
 
     # ---- normalisation
 
     def norm_statistics(self, x: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
-        mean, squares = (_empty(x, geometry.batch, x.shape[-1]) for _ in range(2))
+        table = (geometry.batch, x.shape[-1])
+        mean, squares = (torch.empty(table, dtype=_table_dtype(x)) for _ in range(2))
         _library().norm_statistics(_in(x), *_rows(geometry), mean, squares, _threads())
         return mean, squares
 
@@ -176,7 +177,7 @@ class NativeBackend:
         y = _empty(x, *x.shape)
         tables = (_in(mean), _in(scale), _in(shift))
         _library().norm_apply(_in(x), *tables, _maybe(residual), slope, *_rows(geometry), y, _threads())
-        return y.to(x.dtype)
+        return y
 
     def norm_grad_sums(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, geometry: BlockGeometry
@@ -215,7 +216,7 @@ class NativeBackend:
         _library().norm_grad_sums(
             _in(grad), _in(x), _maybe(y), *tables, slope, *_rows(geometry), before, of_grad, of_product, _threads()
         )
-        return grad if before is None else before.to(grad.dtype), of_grad, of_product
+        return grad if before is None else before, of_grad, of_product
 
     def norm_grad_input(
         self,
@@ -231,30 +232,30 @@ class NativeBackend:
         grad_x = _empty(x, *x.shape)
         tables = [_in(table) for table in (mean, rstd, scale, offset, slope)]
         _library().norm_grad_input(_in(grad), _in(x), *tables, *_rows(geometry), grad_x, _threads())
-        return grad_x.to(x.dtype)
+        return grad_x
 
     # ---- dense <-> blocks
 
     def gather_blocks(self, dense: Tensor, geometry: BlockGeometry) -> Tensor:
         blocks = _empty(dense, len(geometry.index), *geometry.block, dense.shape[1])
         index, voxels = geometry.index, _flags(geometry.voxels)
-        _library().gather_blocks(dense.detach().to(blocks.dtype), index, voxels, blocks, _threads())
-        return blocks.to(dense.dtype)
+        _library().gather_blocks(dense.detach(), index, voxels, blocks, _threads())
+        return blocks
 
     def scatter_blocks(self, blocks: Tensor, fill: Tensor, geometry: BlockGeometry) -> Tensor:
         dense = _empty(blocks, geometry.batch, *geometry.shape, blocks.shape[-1])
         index, voxels = geometry.index, _flags(geometry.voxels)
         _library().scatter_blocks(_in(blocks), _in(fill), index, voxels, dense, _threads())
-        return dense.to(blocks.dtype).permute(0, 4, 1, 2, 3)
+        return dense.permute(0, 4, 1, 2, 3)
 
 
-def _computed(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _table_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _in(x: Tensor) -> Tensor:
-    """An argument as the library takes it: contiguous, float32 or float64, apart from autograd."""
-    return x.detach().to(_computed(x.dtype)).contiguous()
+    """An argument as the library takes it: contiguous, apart from autograd."""
+    return x.detach().contiguous()
 
 
 def _maybe(x: Tensor | None) -> Tensor | None:
@@ -262,7 +263,7 @@ def _maybe(x: Tensor | None) -> Tensor | None:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=_computed(like.dtype))
+    return torch.empty(shape, dtype=like.dtype)
 
 
 def _threads() -> int:

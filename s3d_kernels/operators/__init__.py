@@ -6,13 +6,14 @@ happens inside its body: `torch.compile` sees one node, and backward uses the ba
 
 from .blocks import gather_blocks, scatter_blocks
 from .conv import conv3d, conv3d_grad_input
-from .norm import norm_statistics, normalize
+from .norm import norm_apply, norm_statistics, normalize
 from .pool import pool3d
 
 __all__ = [
     "conv3d",
     "conv3d_grad_input",
     "gather_blocks",
+    "norm_apply",
     "norm_statistics",
     "normalize",
     "pool3d",

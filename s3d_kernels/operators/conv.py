@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from ..backends import ConvProblem, WindowGeometry, choose
-from .norm import norm_apply
 
 # torch reads the schema of a custom operator from these annotations: it wants Optional and list, not unions, tuples.
 # Behind their operands all window operators take the tensors of a WindowGeometry, its sizes and the backend's name.
 _GEOMETRY_TENSORS = 5
-_NO_RECIPE = (None, None, None, None, None, 1.0)
 
 
 def _problem(weight: Tensor, groups: int, geometry: WindowGeometry, x: Tensor) -> ConvProblem:
@@ -40,12 +38,6 @@ def conv3d(
     x: Tensor,  # [Vi, *source_block, C_in]
     weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
     bias: Optional[Tensor],  # [C_out]
-    origin: Optional[Tensor],  # [Vi, *source_block, C_in]
-    mean: Optional[Tensor],  # [N, C_in]
-    scale: Optional[Tensor],  # [N, C_in]
-    shift: Optional[Tensor],  # [N, C_in]
-    sample_offsets: Optional[Tensor],  # [N + 1]
-    slope: float,
     source_index: Tensor,
     source_voxels: Optional[Tensor],
     target_index: Tensor,
@@ -55,20 +47,13 @@ def conv3d(
     groups: int,
     backend: str,
 ) -> Tensor:
-    """Convolution. Returns: [Vo, *target_block, C_out].
-
-    With `origin`, x = leaky_relu((origin - mean) * scale + shift, slope): backward computes x again from these and x is
-    not kept. Gradients go to x alone.
-    """
+    """Convolution. Returns: [Vo, *target_block, C_out]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     return choose(backend, _problem(weight, groups, geometry, x)).conv3d(x, weight, bias, geometry, groups)
 
 
 @conv3d.register_fake
-def _(
-    x, weight, bias, origin, mean, scale, shift, sample_offsets, slope,
-    source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend,
-):  # fmt: skip
+def _(x, weight, bias, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     return x.new_empty(target_index.shape[0], *geometry.target_block, weight.shape[0])
 
@@ -137,30 +122,26 @@ def load_operands(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
     return saved[:-_GEOMETRY_TENSORS], (*saved[-_GEOMETRY_TENSORS:], *ctx.numbers)
 
 
+# Where the setup below saves the features that a caller may want computed instead.
+SAVED_X = 0
+
+
 def _conv3d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, origin, mean, scale, shift, sample_offsets, slope, *rest = inputs
-    kept = x if origin is None else None
-    save_operands(ctx, (kept, weight, origin, mean, scale, shift, sample_offsets), rest)
+    x, weight, bias, *rest = inputs
+    of_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    save_operands(ctx, (x if of_parameters else None, weight), rest)
     ctx.has_bias = bias is not None
-    ctx.slope = slope
 
 
 def _conv3d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (x, weight, origin, mean, scale, shift, sample_offsets), rest = load_operands(ctx)
+    (x, weight), rest = load_operands(ctx)
     grad_x = grad_weight = grad_bias = None
+    if x is not None:
+        grad_weight, grad_bias = conv3d_grad_weight(grad, x, *rest)
+        del x  # it may have been computed just for this, and the next gradient is as large
     if ctx.needs_input_grad[0]:
         grad_x = conv3d_grad_input(grad, weight, *rest)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        if x is None:
-            source_index, source_voxels, target_index, target_voxels, table, sizes, _, backend = rest
-            window = WindowGeometry.from_operator(
-                source_index, source_voxels, target_index, target_voxels, table, sizes
-            )
-            block_sizes = [window.batch, *window.shape, *window.source_block]
-            block = (source_index, source_voxels, sample_offsets, block_sizes)
-            x = norm_apply(origin, mean, scale, shift, *block, ctx.slope, backend)
-        grad_weight, grad_bias = conv3d_grad_weight(grad, x, *rest)
-    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *(None,) * 6, *(None for _ in rest)
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *(None for _ in rest)
 
 
 def _conv3d_grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -172,7 +153,7 @@ def _conv3d_grad_input_backward(ctx: Any, grad2: Tensor) -> tuple[Any, ...]:
     (grad, weight), rest = load_operands(ctx)
     of_grad = of_weight = None
     if ctx.needs_input_grad[0]:
-        of_grad = conv3d(grad2.contiguous(), weight, None, *_NO_RECIPE, *rest)
+        of_grad = conv3d(grad2.contiguous(), weight, None, *rest)
     if ctx.needs_input_grad[1]:
         of_weight, _ = conv3d_grad_weight(grad, grad2, *rest)
     return of_grad, of_weight, *(None for _ in rest)
@@ -187,7 +168,7 @@ def _conv3d_grad_weight_backward(ctx: Any, grad2_weight: Tensor, grad2_bias: Ten
     (grad, x), rest = load_operands(ctx)
     of_grad = of_x = None
     if ctx.needs_input_grad[0]:
-        of_grad = conv3d(x, grad2_weight, grad2_bias, *_NO_RECIPE, *rest)
+        of_grad = conv3d(x, grad2_weight, grad2_bias, *rest)
     if ctx.needs_input_grad[1]:
         of_x = conv3d_grad_input(grad, grad2_weight, *rest)
     return of_grad, of_x, *(None for _ in rest)

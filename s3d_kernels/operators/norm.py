@@ -48,6 +48,7 @@ def norm_apply(
     mean: Tensor,  # [N, C]
     scale: Tensor,  # [N, C]
     shift: Tensor,  # [N, C]
+    residual: Optional[Tensor],  # [V, bd, bh, bw, C]
     index: Tensor,
     voxels: Optional[Tensor],
     sample_offsets: Tensor,
@@ -55,13 +56,13 @@ def norm_apply(
     slope: float,
     backend: str,
 ) -> Tensor:
-    """leaky_relu((x - mean) * scale + shift): what `normalize` gave, once more. Returns: [V, bd, bh, bw, C]."""
+    """leaky_relu((x - mean) * scale + shift + residual): what `normalize` gave, again. Returns: [V, bd, bh, bw, C]."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, None, slope, geometry)
+    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, residual, slope, geometry)
 
 
 @norm_apply.register_fake
-def _(x, mean, scale, shift, index, voxels, sample_offsets, sizes, slope, backend):
+def _(x, mean, scale, shift, residual, index, voxels, sample_offsets, sizes, slope, backend):
     return x.new_empty(x.shape)
 
 
@@ -192,6 +193,10 @@ def group_sum(table: Tensor, groups: int) -> Tensor:
     return sums.expand(-1, -1, channels // groups).reshape(batch, channels)
 
 
+# Where the setup below saves the features that a caller may want computed instead.
+SAVED_X, SAVED_Y = 0, 1
+
+
 def _normalize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, residual, mean, rstd, count, index, voxels, sample_offsets, sizes, slope, *rest = inputs
     # The sign of the activation follows from x alone, unless there was a residual.
@@ -208,6 +213,7 @@ def _normalize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     before, of_grad, of_product = norm_grad_sums(
         grad, x, y, mean, rstd, scale, shift, *geometry, ctx.slope, ctx.backend
     )
+    del y  # it may have been computed just for this, and the next gradient is as large
     if ctx.slope != 1.0:
         grad = before
     grad_weight = None if weight is None else of_product.sum(0).to(weight.dtype)

@@ -30,7 +30,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "maximum sees padding": ("backends/torch_gather.py", "-math.inf) if any(geometry.padding) else windows", "0) if any(geometry.padding) else windows"),
     "norm gradient without its mean term": ("operators/norm.py", "offset.contiguous(), tilt", "0 * offset.contiguous(), tilt"),
     "sign of the activation from the wrong side": ("operators/norm.py", "y = output if residual", "y = residual if residual"),
-    "features computed again without activation": ("operators/conv.py", "*block, ctx.slope, backend", "*block, 1.0, backend"),
+    "features computed again without activation": ("recompute.py", "*block, self.slope, self", "*block, 1.0, self"),
+    "features computed again without residual": ("recompute.py", "*tables, residual, *block", "*tables, None, *block"),
+    "convolution computed again without bias": ("recompute.py", "self.weight, self.bias, *self", "self.weight, None, *self"),
+    "recipe in the place of another tensor": ("operators/norm.py", "SAVED_X, SAVED_Y = 0, 1", "SAVED_X, SAVED_Y = 1, 0"),
     "bias forgotten in reference": ("backends/reference.py", "F.conv3d(dense, weight, bias,", "F.conv3d(dense, weight, None,"),
 }  # fmt: skip
 

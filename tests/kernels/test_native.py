@@ -12,6 +12,7 @@ from torch import Tensor
 
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
 from s3d_kernels.backends import native
+from s3d_kernels.block_sparse import block_geometry
 
 from .test_operators import CASES, MASKS, TOLERANCE, Case, assert_close, draw, expected, run, seeded, tolerances
 
@@ -72,17 +73,23 @@ def convolution(mask: BlockMask, channels: tuple[int, int], groups: int = 1, ker
 
 @pytest.mark.parametrize("method", ["direct", "winograd"])
 @pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("channels", [(1, 1), (1, 33), (17, 5), (16, 32), (50, 31)])
-def test_channel_counts(channels: tuple[int, int], instructions: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [((1, 1), 1), ((1, 33), 1), ((8, 40), 4), ((17, 5), 1), ((16, 32), 1), ((50, 31), 1)],
+    ids=str,
+)
+def test_channel_counts(channels: tuple[int, int], groups: int, instructions: str, method: str) -> None:
+    """Few tiles of Winograd and many (the last mask) are computed in different ways; so are few channels of a group."""
     native.use_instruction_set(instructions)
     native.use_method(method)
-    for mask in (BlockMask.random(2, 2, 6, (0.2, 0.8), seeded(1)), MASKS["voxels"]()):
-        x = draw((2, channels[0], *mask.shape), 1, torch.float64).requires_grad_()
-        weight = draw((channels[1], channels[0], 3, 3, 3), 2, torch.float64).requires_grad_()
+    many = BlockMask.random(1, (1, 2, 2), 12, 0.25, seeded(6))
+    for mask in (BlockMask.random(2, 2, 6, (0.2, 0.8), seeded(1)), MASKS["voxels"](), many):
+        x = draw((mask.batch, channels[0], *mask.shape), 1, torch.float64).requires_grad_()
+        weight = draw((channels[1], channels[0] // groups, 3, 3, 3), 2, torch.float64).requires_grad_()
         bias = draw((channels[1],), 3, torch.float64).requires_grad_()
-        y = oracle.conv3d(x, mask.to_dense(), weight, bias, (1, 1, 1), (1, 1, 1), 1)
+        y = oracle.conv3d(x, mask.to_dense(), weight, bias, (1, 1, 1), (1, 1, 1), groups)
         truth = [y.detach(), *torch.autograd.grad(y, [x, weight, bias], draw(y.shape, 4, torch.float64))]
-        for a, b in zip(convolution(mask, channels), truth, strict=True):
+        for a, b in zip(convolution(mask, channels, groups), truth, strict=True):
             assert_close(a, b, torch.float32, 1e-5, f"{channels}")
 
 
@@ -95,7 +102,7 @@ FEW_VOXELS: dict[str, Callable[[], BlockMask]] = {
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 1)], ids=str)
-@pytest.mark.parametrize("channels, groups", [((50, 31), 1), ((3, 130), 1), ((21, 12), 3)], ids=str)
+@pytest.mark.parametrize(("channels", "groups"), [((50, 31), 1), ((3, 130), 1), ((21, 12), 3)], ids=str)
 def test_few_voxels(channels: tuple[int, int], groups: int, stride: tuple[int, int, int], instructions: str) -> None:
     """Below 32 voxels another kernel computes; its strips and rows have tails of their own."""
     padding = (1, 0, 1)
@@ -124,7 +131,7 @@ def test_same_bits_with_any_number_of_threads(method: str) -> None:
     masks = [BlockMask.random(2, 2, 12, 0.6, seeded(2)), BlockMask.random(1, 3, 2, 0.5, seeded(3)), MASKS["voxels"]()]
     masks += [make() for make in FEW_VOXELS.values()]
     for mask in masks:
-        for channels, groups in (((20, 36), 1), ((24, 24), 24), ((12, 18), 3), ((130, 70), 1)):
+        for channels, groups in (((20, 36), 1), ((24, 24), 24), ((12, 18), 3), ((130, 70), 1), ((2, 20), 1)):
             results = []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
@@ -138,6 +145,141 @@ def test_same_bits_with_any_number_of_threads(method: str) -> None:
         results.append(run(norm, masks[0], torch.float32, "native"))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+HALF_MASKS: dict[str, Callable[[], BlockMask]] = {
+    "blocks": lambda: BlockMask.random(2, (2, 3, 2), 4, (0.2, 0.8), seeded(6)),
+    "voxels": MASKS["voxels"],
+    "nothing": MASKS["nothing"],
+    **FEW_VOXELS,
+}
+
+
+def kernels_on(mask: BlockMask, channels: int, half: torch.dtype) -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
+    """Every kernel on values that `half` represents, NaN at masked voxels: a function of the dtype that stores them."""
+    backend = REGISTRY["native"]
+    blocks = block_geometry(mask)
+    window = functional._window_geometry(mask, mask, (3, 3, 3), (1, 1, 1), (1, 1, 1))
+    generator = seeded(7)
+
+    def features(channels: int) -> Tensor:
+        drawn = torch.randn(mask.num_blocks, *mask.block, channels, generator=generator).to(half)
+        return drawn if mask.voxels is None else torch.where(mask.voxels[..., None], drawn, math.nan)
+
+    def vector(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(half)
+
+    out = channels + 3
+    x, other, grad = features(channels), features(channels), features(channels)
+    grad_y, weight, bias = features(out), vector(out, channels, 3, 3, 3), vector(out)
+    mean, rstd, scale, shift, slope = (vector(mask.batch, channels).float() for _ in range(5))
+    dense = torch.where(mask.to_dense(), vector(mask.batch, channels, *mask.shape), math.nan)
+    fill = vector(channels)
+    return {
+        "conv3d": lambda t: [backend.conv3d(x.to(t), weight.to(t), bias.to(t), window, 1)],
+        "conv3d_grad_input": lambda t: [backend.conv3d_grad_input(grad_y.to(t), weight.to(t), window, 1)],
+        "conv3d_grad_weight": lambda t: list(backend.conv3d_grad_weight(grad_y.to(t), x.to(t), window, 1)),
+        "average": lambda t: [backend.pool3d(x.to(t), window, "avg", 27)],
+        "average_grad": lambda t: [backend.pool3d_grad(grad.to(t), None, window, "avg", 0)],
+        "maximum": lambda t: [backend.pool3d(x.to(t), window, "max", 27)],
+        "maximum_grad": lambda t: [backend.pool3d_grad(grad.to(t), x.to(t), window, "max", 27)],
+        "statistics": lambda t: list(backend.norm_statistics(x.to(t), blocks)),
+        "apply": lambda t: [backend.norm_apply(x.to(t), mean, scale, shift, None, 0.1, blocks)],
+        "apply, residual": lambda t: [backend.norm_apply(x.to(t), mean, scale, shift, other.to(t), 0.0, blocks)],
+        "grad_sums": lambda t: list(backend.norm_grad_sums(grad.to(t), x.to(t), mean, rstd, blocks)),
+        "grad_activation": lambda t: list(
+            backend.norm_grad_activation(grad.to(t), x.to(t), None, mean, rstd, scale, shift, 0.1, blocks)
+        ),
+        "grad_activation, y": lambda t: list(
+            backend.norm_grad_activation(grad.to(t), x.to(t), other.to(t), mean, rstd, scale, shift, 0.1, blocks)
+        ),
+        "grad_input": lambda t: [
+            backend.norm_grad_input(grad.to(t), x.to(t), mean, rstd, scale, shift, slope, blocks)
+        ],
+        "gather": lambda t: [backend.gather_blocks(dense.to(t), blocks)],
+        "gather, channels last": lambda t: [
+            backend.gather_blocks(dense.to(t).contiguous(memory_format=torch.channels_last_3d), blocks)
+        ],
+        "scatter": lambda t: [backend.scatter_blocks(x.to(t), fill.to(t), blocks)],
+    }  # fmt: skip
+
+
+TABLES = {"statistics": [0, 1], "grad_sums": [0, 1], "grad_activation": [1, 2], "grad_activation, y": [1, 2]}
+
+
+@pytest.mark.parametrize("method", ["direct", "winograd"])
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_is_computed_in_float32_and_rounded_once(
+    dtype: torch.dtype, instructions: str, method: str
+) -> None:
+    native.use_instruction_set(instructions)
+    native.use_method(method)
+    for name, make in HALF_MASKS.items():
+        for channels in (1, 5, 16, 37):
+            for kernel, compute in kernels_on(make(), channels, dtype).items():
+                truth = compute(torch.float32)
+                assert all(t.isfinite().all() for t in truth)
+                for i, t in enumerate(truth):
+                    if i not in TABLES.get(kernel, []):
+                        truth[i] = t.to(dtype)
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    for a, b in zip(compute(dtype), truth, strict=True):
+                        what = (name, channels, kernel, threads)
+                        assert a.dtype == b.dtype, what
+                        assert torch.equal(a, b), what
+
+
+def every_half(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    """But for those of NaN."""
+    assert a.dtype == b.dtype
+    assert torch.equal(a.isnan(), b.isnan())
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+    assert torch.equal(a.view(bits)[~a.isnan()], b.view(bits)[~b.isnan()])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 64])
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_conversions_are_those_of_torch(dtype: torch.dtype, instructions: str, channels: int) -> None:
+    """All 65536 values widened; them, the middles between them and the floats beside these rounded.
+
+    Few channels are converted one by one, many as vectors. Every value is a voxel of its own sample.
+    """
+    native.use_instruction_set(instructions)
+    backend = REGISTRY["native"]
+    x = every_half(dtype)
+    finite = x[x.isfinite()]
+    middle = ((finite.double() + torch.nextafter(finite, 2 * finite).double()) / 2).float()
+    infinity = torch.tensor(math.inf)
+    beside = [torch.nextafter(middle, infinity), torch.nextafter(middle, -infinity)]
+    special = torch.tensor([math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0])
+    floats = torch.cat([x.float(), middle, *beside, special])
+
+    def voxels(values: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(values, (0, -len(values) % channels))
+        return padded.view(-1, 1, 1, 1, channels)
+
+    for values in (x, floats):
+        rows = voxels(values)
+        blocks = block_geometry(BlockMask.random(len(rows), 1, 1, 0.0))
+        table = rows.view(len(rows), channels)
+        minus_zero = torch.full(table.shape, -0.0)
+        zero, one = torch.zeros(table.shape), torch.ones(table.shape)
+        if values is x:
+            sums, _ = backend.norm_grad_sums(rows, torch.zeros_like(rows), zero, zero, blocks)
+            assert_same_bits(sums + zero, table.float() + zero)
+            assert_same_bits(backend.norm_apply(rows, zero, one, minus_zero, None, 1.0, blocks), rows)
+        else:
+            source = minus_zero.view(rows.shape).to(dtype)
+            assert_same_bits(backend.norm_apply(source, zero, one, table, None, 1.0, blocks), rows.to(dtype))
 
 
 def arguments() -> dict[str, object]:
@@ -158,6 +300,10 @@ BAD: dict[str, tuple[dict[str, object], type[Exception], str]] = {
         TypeError,
         "weight has the wrong dtype",
     ),
+    "half precision weight": ({"weight": torch.randn(7, 5, 3, 3, 3).half()}, TypeError, "weight has the wrong dtype"),
+    "half precision features": ({"x": torch.randn(4, 4, 4, 4, 5).bfloat16()}, TypeError, "weight has the wrong dtype"),
+    "bias of another dtype": ({"bias": torch.randn(7).bfloat16()}, TypeError, "bias has the wrong dtype"),
+    "output of another dtype": ({"y": torch.zeros(4, 4, 4, 4, 7).half()}, TypeError, "y has the wrong dtype"),
     "integers": ({"x": torch.zeros(4, 4, 4, 4, 5, dtype=torch.int32)}, TypeError, "dtype"),
     "not contiguous": ({"x": torch.randn(4, 5, 4, 4, 4).permute(0, 2, 3, 4, 1)}, ValueError, "x must be contiguous"),
     "bias too short": ({"bias": torch.randn(6)}, ValueError, "bias must have shape"),
@@ -181,6 +327,29 @@ def test_bad_arguments_are_exceptions(name: str) -> None:
     native._library().conv3d(*given.values())
     with pytest.raises(error, match=message):
         native._library().conv3d(*{**given, **change}.values())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_norm_arguments_of_another_dtype_are_named(dtype: torch.dtype) -> None:
+    mask = MASKS["side 2"]()
+    x = torch.randn(mask.num_blocks, *mask.block, 3).to(dtype)
+    table = torch.ones(mask.batch, 3)
+    given = dict.fromkeys(("mean", "scale", "shift"), table)
+
+    def call(residual: Tensor, **tables: Tensor) -> Tensor:
+        return REGISTRY["native"].norm_apply(
+            x, **{**given, **tables}, residual=residual, slope=1.0, geometry=block_geometry(mask)
+        )
+
+    call(x)
+    for name in given:
+        with pytest.raises(TypeError, match=f"{name} has the wrong dtype"):
+            call(x, **{name: table.to(dtype)})
+    for wrong in {torch.float32, *HALF} - {dtype}:
+        with pytest.raises(TypeError, match="residual has the wrong dtype"):
+            call(x.to(wrong))
+    with pytest.raises(TypeError, match="x has the wrong dtype: it must be"):
+        REGISTRY["native"].norm_statistics(x.to(torch.int16), block_geometry(mask))
 
 
 def test_windows_beyond_the_table_are_refused() -> None:

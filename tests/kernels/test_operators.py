@@ -222,6 +222,34 @@ def test_against_the_oracle(case: Case, backend: str, dtype: torch.dtype) -> Non
             assert_close(a, b, dtype, allowed[i], what)
 
 
+def _residual_block(x: BlockSparseTensor, w: Sequence[Tensor]) -> BlockSparseTensor:
+    """A narrow convolution and a block behind it: backward computes the output of both again."""
+    stem = functional.sparse_conv3d(x, w[0], w[0].detach().sum((1, 2, 3, 4)))
+    stem = F.leaky_relu(functional.sparse_instance_norm(stem), 0.1)
+    branch = functional.sparse_instance_norm(functional.sparse_conv3d(stem, w[1], None, 1, 1), w[2])
+    return functional.sparse_conv3d(F.leaky_relu(branch + stem, 0.1), w[3], None, 1, 1)
+
+
+def _dense_residual_block(x: Tensor, m: Tensor, w: Sequence[Tensor]) -> Tensor:
+    unit, none = (1, 1, 1), (0, 0, 0)
+    stem = oracle.conv3d(x, m, w[0], w[0].detach().sum((1, 2, 3, 4)), unit, none, 1)
+    stem = F.leaky_relu(oracle.norm(stem, m, None, None, 1e-5, 4), 0.1)
+    branch = oracle.norm(oracle.conv3d(stem, m, w[1], None, unit, unit, 1), m, w[2], None, 1e-5, 4)
+    return oracle.conv3d(F.leaky_relu(branch + stem, 0.1), m, w[3], None, unit, unit, 1)
+
+
+# Not in half precision, where rounding turns signs before the activation.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend", list(REGISTRY))
+def test_residual_block_against_the_oracle(backend: str, dtype: torch.dtype) -> None:
+    weights = ((4, 4, 1, 1, 1), (4, 4, 3, 3, 3), (4,), (6, 4, 3, 3, 3))
+    case = Case("residual block", _residual_block, _dense_residual_block, weights)
+    for name in ("side 8", "anisotropic", "voxels"):
+        mask = MASKS[name]()
+        for a, b in zip(run(case, mask, dtype, backend), expected(case, mask), strict=True):
+            assert_close(a, b, dtype, TOLERANCE[dtype], name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", list(REGISTRY))
 def test_convolution_errs_at_most_twice_as_much_as_torch(backend: str, dtype: torch.dtype) -> None:
@@ -296,7 +324,8 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
             (blocks.gather_blocks, (last, *where)),
             (blocks.scatter_blocks, (x, torch.randn(4, requires_grad=True), *where)),
             (norm.norm_statistics, (x.detach(), *where)),
-            (norm.norm_apply, (x.detach(), table, table, table, *where[:-1], 0.1, name)),
+            (norm.norm_apply, (x.detach(), table, table, table, None, *where[:-1], 0.1, name)),
+            (norm.norm_apply, (x.detach(), table, table, table, grad, *where[:-1], 0.1, name)),
             (norm.norm_grad_sums, (grad, x.detach(), None, *[table] * 4, *where[:-1], 1.0, name)),
             (norm.norm_grad_sums, (grad, x.detach(), None, *[table] * 4, *where[:-1], 0.1, name)),
             (norm.norm_grad_sums, (grad, x.detach(), grad, *[table] * 4, *where[:-1], 0.1, name)),
@@ -313,8 +342,8 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
         weight, bias = torch.randn(6, 4, 3, 3, 3, requires_grad=True), torch.randn(6, requires_grad=True)
         out = torch.randn(mask.num_blocks, *mask.block, 6, requires_grad=True)
         calls += [
-            (conv.conv3d, (x, weight, bias, *[None] * 5, 1.0, *tensors, 1, name)),
-            (conv.conv3d, (x, weight, bias, x.detach(), table, table, table, where[2], 0.1, *tensors, 1, name)),
+            (conv.conv3d, (x, weight, bias, *tensors, 1, name)),
+            (conv.conv3d, (x, weight.detach(), None, *tensors, 1, name)),
             (conv.conv3d_grad_input, (out, weight, *tensors, 1, name)),
             (conv.conv3d_grad_weight, (out, x, *tensors, 1, name)),
             (pool.pool3d, (x, *tensors, "max", 27, name)),

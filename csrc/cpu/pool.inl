@@ -1,20 +1,6 @@
-// Pooling over windows. Masked voxels count as zeros; outside the volume the average sees zeros and the maximum nothing.
-#pragma once
-
-#include <algorithm>
-#include <cstdint>
-#include <limits>
-#include <vector>
-
-#include "s3d/window.h"
-
-namespace s3d::cpu {
-
-// Where the windows of an output block lie in its volume.
-struct Place {
-  const int32_t* target_index;  // [rows, 4] (n, gd, gh, gw)
-  Triple shape;                 // of the input volume
-};
+// Pooling over windows. Masked voxels count as zeros; outside the volume the average sees zeros and the maximum
+// nothing. Features are stored as S and computed as T, a line of channels at a time. Included once per instruction set,
+// inside its namespace, after half.inl.
 
 // The geometry of one window: calls use(tap, gathered voxel or -1) for each tap, in order.
 template <typename Use>
@@ -70,6 +56,7 @@ struct Inside {
   int64_t first[3], last[3];
 };
 
+// each(row, z, y, x, voxel): of every written voxel.
 template <typename Each>
 inline void for_each_voxel(const Window& w, int threads, const Each& each) {
   const Triple block = w.written_block;
@@ -78,82 +65,90 @@ inline void for_each_voxel(const Window& w, int threads, const Each& each) {
   for (int64_t plane = 0; plane < planes; ++plane) {
     const int64_t row = plane / block.d, z = plane % block.d;
     for (int64_t y = 0; y < block.h; ++y) {
-      for (int64_t x = 0; x < block.w; ++x) {
-        const int64_t voxel = (plane * block.h + y) * block.w + x;
-        each(row, z, y, x, voxel, w.written_voxels == nullptr || w.written_voxels[voxel]);
-      }
+      for (int64_t x = 0; x < block.w; ++x) each(row, z, y, x, (plane * block.h + y) * block.w + x);
     }
   }
 }
 
-// What the average divides by; divisor 0: the voxels of the window that lie in the volume.
+// Writes out[voxel, channels]: zeros where masked, else what compute(row, z, y, x, voxel, line, room) leaves in `line`.
+// `room` is for a second line.
+template <typename S, typename Compute>
+inline void write_lines(const Window& w, S* out, int64_t channels, int threads, const Compute& compute) {
+  using T = computed<S>;
+  const BufferPerThread<T> lines(threads, 2 * channels);
+  for_each_voxel(w, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel) {
+    S* to = out + voxel * channels;
+    if (w.written_voxels != nullptr && !w.written_voxels[voxel]) {
+      std::fill_n(to, channels, S{});
+      return;
+    }
+    T* line = lines.mine();
+    compute(row, z, y, x, voxel, line, line + channels);
+    for_line<T>(channels, [&](auto c) { c.put(to, c.get(line)); });
+  });
+}
+
+// What a sum is multiplied by to become an average.
 template <typename T>
 inline T share(const Window& w, const Place& place, int64_t divisor, int64_t row, int64_t z, int64_t y, int64_t x) {
   const int64_t count = divisor > 0 ? divisor : std::max<int64_t>(1, Inside(w, place, row, z, y, x).count());
   return T(1) / static_cast<T>(count);
 }
 
-template <typename T>
-void average(const Window& w, const Place& place, const T* in, T* out, int64_t channels, int64_t divisor, int threads) {
+template <typename S, typename T = computed<S>>
+void average(const Window& w, const Place& place, const S* in, S* out, int64_t channels, int64_t divisor, int threads) {
   const Locator locator(w);
-  for_each_voxel(w, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, bool visible) {
-    T* to = out + voxel * channels;
-    std::fill_n(to, channels, T(0));
-    if (!visible) return;
+  write_lines(w, out, channels, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t, T* sums, T*) {
+    std::fill_n(sums, channels, T(0));
     for_each_tap(w, locator, row, z, y, x, [&](int64_t, int64_t other) {
       if (other < 0) return;
-      const T* from = in + other * channels;
-      for (int64_t c = 0; c < channels; ++c) to[c] += from[c];
+      const S* from = in + other * channels;
+      for_line<T>(channels, [&](auto c) { c.put(sums, c.get(sums) + c.get(from)); });
     });
     const T factor = share<T>(w, place, divisor, row, z, y, x);
-    for (int64_t c = 0; c < channels; ++c) to[c] *= factor;
+    for (int64_t c = 0; c < channels; ++c) sums[c] *= factor;
   });
 }
 
-// `transposed` writes inputs and gathers outputs; `factors` [outputs] is what each output's average was multiplied by.
-template <typename T>
-void average_grad(const Window& transposed, const T* factors, const T* grad, T* grad_in, int64_t channels, int threads) {
+template <typename S, typename T = computed<S>>
+void average_grad(const Window& forward, const Window& transposed, const Place& place, const S* grad, S* grad_in,
+                  int64_t channels, int64_t divisor, int threads) {
+  // [outputs]: what each average was multiplied by.
+  std::vector<T> factors(forward.written_rows * forward.written_block.volume());
+  for_each_voxel(forward, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel) {
+    factors[voxel] = share<T>(forward, place, divisor, row, z, y, x);
+  });
   const Locator locator(transposed);
-  for_each_voxel(transposed, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, bool visible) {
-    T* to = grad_in + voxel * channels;
-    std::fill_n(to, channels, T(0));
-    if (!visible) return;
+  write_lines(transposed, grad_in, channels, threads,
+              [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t, T* sums, T*) {
+    std::fill_n(sums, channels, T(0));
     for_each_tap(transposed, locator, row, z, y, x, [&](int64_t, int64_t other) {
       if (other < 0) return;
-      const T* from = grad + other * channels;
+      const S* from = grad + other * channels;
       const T factor = factors[other];
-      for (int64_t c = 0; c < channels; ++c) to[c] += from[c] * factor;
+      for_line<T>(channels, [&](auto c) { c.put(sums, c.get(sums) + c.get(from) * factor); });
     });
   });
 }
 
-template <typename T>
-std::vector<T> average_factors(const Window& w, const Place& place, int64_t divisor, int threads) {
-  std::vector<T> factors(w.written_rows * w.written_block.volume());
-  for_each_voxel(w, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, bool) {
-    factors[voxel] = share<T>(w, place, divisor, row, z, y, x);
-  });
-  return factors;
-}
-
-// The tap at which each maximum lies; the first of equal ones, as in torch, and -1 for a masked voxel's zero.
-template <typename T>
-void maximum(const Window& w, const Place& place, const T* in, T* out, int32_t* winners, int64_t channels, int threads) {
+template <typename S, typename T = computed<S>>
+void maximum(const Window& w, const Place& place, const S* in, S* out, int32_t* winners, int64_t channels,
+             int threads) {
   const Locator locator(w);
-  for_each_voxel(w, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, bool visible) {
-    T* to = out + voxel * channels;
+  if (winners != nullptr) std::fill_n(winners, w.written_rows * w.written_block.volume() * channels, -1);
+  write_lines(w, out, channels, threads,
+              [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, T* most, T* room) {
     int32_t* winner = winners == nullptr ? nullptr : winners + voxel * channels;
-    std::fill_n(to, channels, visible ? -std::numeric_limits<T>::infinity() : T(0));
-    if (winner != nullptr) std::fill_n(winner, channels, -1);
-    if (!visible) return;
+    std::fill_n(most, channels, -std::numeric_limits<T>::infinity());
     const Inside inside(w, place, row, z, y, x);
     bool first = true;
     for_each_tap(w, locator, row, z, y, x, [&](int64_t tap, int64_t other) {
       if (!inside.has(w, tap)) return;
+      const T* from = other < 0 ? nullptr : widened(in + other * channels, channels, room);
       for (int64_t c = 0; c < channels; ++c) {
-        const T value = other < 0 ? T(0) : in[other * channels + c];
-        if (first || value > to[c] || value != value) {
-          to[c] = value;
+        const T value = from == nullptr ? T(0) : from[c];
+        if (first || value > most[c] || value != value) {
+          most[c] = value;
           if (winner != nullptr) winner[c] = other < 0 ? -1 : static_cast<int32_t>(tap);
         }
       }
@@ -162,21 +157,19 @@ void maximum(const Window& w, const Place& place, const T* in, T* out, int32_t* 
   });
 }
 
-template <typename T>
-void maximum_grad(const Window& transposed, const int32_t* winners, const T* grad, T* grad_in, int64_t channels,
+template <typename S, typename T = computed<S>>
+void maximum_grad(const Window& transposed, const int32_t* winners, const S* grad, S* grad_in, int64_t channels,
                   int threads) {
   const Locator locator(transposed);
-  for_each_voxel(transposed, threads, [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t voxel, bool visible) {
-    T* to = grad_in + voxel * channels;
-    std::fill_n(to, channels, T(0));
-    if (!visible) return;
+  write_lines(transposed, grad_in, channels, threads,
+              [&](int64_t row, int64_t z, int64_t y, int64_t x, int64_t, T* sums, T* room) {
+    std::fill_n(sums, channels, T(0));
     for_each_tap(transposed, locator, row, z, y, x, [&](int64_t tap, int64_t other) {
       if (other < 0) return;
+      const T* from = widened(grad + other * channels, channels, room);
       for (int64_t c = 0; c < channels; ++c) {
-        if (winners[other * channels + c] == tap) to[c] += grad[other * channels + c];
+        if (winners[other * channels + c] == tap) sums[c] += from[c];
       }
     });
   });
 }
-
-}  // namespace s3d::cpu

@@ -7,8 +7,8 @@
 //
 // Layouts   gathered [voxels, groups * K], written [voxels, groups * N], channels last. The weight is packed beforehand
 //           as [group, N / kTileN, tap, K / kTileK, kTileN, kTileK] with zeros beyond K and N, so that a step's weights
-//           are one run of memory. Its columns are permuted (channel_of_column) so that a lane's sums are 8 neighbouring
-//           channels, which it stores at once.
+//           are one run of memory. Its columns are permuted (channel_of_column) so that a lane's sums are 8
+//           neighbouring channels, which it stores at once.
 // Work      A block of 4 warps makes kTileM = 128 consecutive voxels x kTileN channels of one group; a warp 32 voxels
 //           (two fragments of 16 rows) x kTileN. A thread finds the sources of one voxel under up to 32 taps; votes
 //           tell which fragments have a pair. A step is one tap x kTileK channels (64 bytes). Taps without a pair in
@@ -68,8 +68,8 @@ Product product_of(const Window& window, const ConvChannels& channels) {
   const int k = window.transposed ? out : in, n = window.transposed ? in : out;
   constexpr int kTileK = GatherTraits<T, 64>::kTileK;
   const int tile_n = n <= 32 ? 32 : 64;
-  return {static_cast<int>(window.taps()), channels.groups,        k,     n, window.transposed, (k + kTileK - 1) / kTileK,
-          (n + tile_n - 1) / tile_n,       tile_n};
+  const int k_steps = (k + kTileK - 1) / kTileK, n_tiles = (n + tile_n - 1) / tile_n;
+  return {static_cast<int>(window.taps()), channels.groups, k, n, window.transposed, k_steps, n_tiles, tile_n};
 }
 
 // Eight consecutive rows of 64 bytes have the same chunk in eight different groups of four banks.
@@ -339,10 +339,11 @@ void conv3d_gather(const Window& window, const ConvChannels& channels, Math math
   start(gather<T, Math::kTensorCores, 32>, gather<T, Math::kTensorCores, 64>);
 }
 
-#define S3D_INSTANTIATE(T)                                                                                          \
-  template int64_t conv3d_packed_elements<T>(const Window&, const ConvChannels&);                                   \
-  template void conv3d_pack_weight<T>(const Window&, const ConvChannels&, Math, const T*, T*, cudaStream_t);        \
-  template void conv3d_gather<T>(const Window&, const ConvChannels&, Math, const T*, const T*, const T*, T*, cudaStream_t);
+#define S3D_INSTANTIATE(T)                                                                                   \
+  template int64_t conv3d_packed_elements<T>(const Window&, const ConvChannels&);                            \
+  template void conv3d_pack_weight<T>(const Window&, const ConvChannels&, Math, const T*, T*, cudaStream_t); \
+  template void conv3d_gather<T>(const Window&, const ConvChannels&, Math, const T*, const T*, const T*, T*, \
+                                 cudaStream_t);
 S3D_INSTANTIATE(float)
 S3D_INSTANTIATE(bf16)
 S3D_INSTANTIATE(fp16)

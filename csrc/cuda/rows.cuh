@@ -1,5 +1,5 @@
-// Rows of a channels-last tensor, 16 bytes at a time where all rows are aligned to it and by elements where they are not
-// (odd numbers of channels).
+// Rows of a channels-last tensor, 16 bytes at a time where all rows are aligned to it and by elements where they are
+// not (odd numbers of channels).
 #pragma once
 
 #include "cuda/cp_async.cuh"

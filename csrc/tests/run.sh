@@ -151,7 +151,8 @@ emulator() {
 }
 
 emulator_ucontext() {
-  build_emulated "$work/ucontext/test_emulator" "$emulator_tests" -DS3D_EMULATOR_UCONTEXT -g -fsanitize=undefined -fno-sanitize-recover=all
+  build_emulated "$work/ucontext/test_emulator" "$emulator_tests" -DS3D_EMULATOR_UCONTEXT -g \
+    -fsanitize=undefined -fno-sanitize-recover=all
   "$work/ucontext/test_emulator"
 }
 

@@ -1,6 +1,6 @@
 // Pointers to global and shared memory: plain pointers under nvcc; in the emulator every access is checked.
 //
-//   Global<T>, Global<const T>   made by the host from a raw pointer, as a kernel's parameter or a member of one; or null
+//   Global<T>, Global<const T>   made by the host from a raw pointer or null, as a kernel's parameter or part of one
 //   Shared<T>                    made by one of
 //     dynamic_shared<T>(byte_offset, count)   a part of the launch's dynamic shared memory, which begins at 128 bytes
 //     S3D_SHARED(type, name, count);          declares `name`, a static array; at 128 bytes

@@ -1,5 +1,6 @@
 #include "emulator/shared_memory.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace s3d::emulator {
@@ -71,10 +72,10 @@ void SharedMemory::check_read(uint32_t address, uint32_t bytes, const Moment& mo
            "reads shared memory with no barrier since the write" + of(granule->writer, granule->write_line),
            moment.where);
     }
-    // A warp runs from barrier to barrier before another does. So a reader of another warp is remembered instead of this
-    // one: whoever writes before the next barrier is of this warp or of one that comes later.
+    // A warp runs from barrier to barrier before another does. So a reader of another warp is remembered instead of
+    // this one: whoever writes before the next barrier is of this warp or of one that comes later.
     if (granule->read_time >= moment.last_barrier && !same_warp(granule->reader, moment.thread)) continue;
-    const bool alone = granule->read_time < moment.last_sync || granule->reader == me;
+    const bool alone = granule->read_time < std::max(moment.last_barrier, moment.last_sync) || granule->reader == me;
     granule->reader = alone ? me : me | kManyLanes;
     granule->read_time = moment.now;
     granule->read_line = static_cast<uint16_t>(moment.where.line);

@@ -2,6 +2,7 @@
 # Builds and runs the stand-alone tests of the native kernels: csrc/tests/run.sh [VARIANT...]
 #   emulator           the emulator of CUDA: right kernels pass, planted faults are found
 #   emulator_ucontext  the same without its assembly, with UndefinedBehaviorSanitizer
+#   cuda               the CUDA kernels, run by the emulator
 # and of the CPU kernels
 #   plain    as they are
 #   address  with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -120,15 +121,16 @@ sys.exit(
 END
 }
 
-# build_emulator FOLDER FLAGS...
-build_emulator() {
-  local folder=$1 source job jobs=()
-  shift
+# build_emulated PROGRAM "SOURCES" FLAGS...: the emulator and what it runs.
+build_emulated() {
+  local folder source job jobs=() program=$1 sources=$2
+  shift 2
+  folder=$(dirname "$program")
   mkdir -p "$folder"
-  for source in "$csrc"/emulator/*.cc "$csrc"/emulator/tests/*.cc "$csrc"/emulator/tests/test_*.cu; do
+  for source in "$csrc"/emulator/*.cc $sources; do
     # shellcheck disable=SC2086
-    "${CXX:-c++}" -std=c++17 -O1 -Wall -Wextra -Wno-unknown-pragmas -DS3D_EMULATOR "-I$csrc" "$@" ${CXXFLAGS:-} \
-      -x c++ -c "$source" -o "$folder/$(basename "$source").o" &
+    "${CXX:-c++}" -std=c++17 -O1 -Wall -Wextra -Wno-unknown-pragmas -DS3D_EMULATOR "-I$csrc" "-I$csrc/include" \
+      "$@" ${CXXFLAGS:-} -x c++ -c "$source" -o "$folder/$(basename "$source").o" &
     jobs+=($!)
     if [[ ${#jobs[@]} -ge $(nproc) ]]; then
       wait "${jobs[0]}"
@@ -137,26 +139,34 @@ build_emulator() {
   done
   for job in "${jobs[@]}"; do wait "$job"; done
   # shellcheck disable=SC2086
-  "${CXX:-c++}" "$@" ${CXXFLAGS:-} "$folder"/*.o -o "$folder/test_emulator"
+  "${CXX:-c++}" "$@" ${CXXFLAGS:-} "$folder"/*.o -o "$program"
 }
 
+emulator_tests="$csrc/emulator/tests/main.cc $(echo "$csrc"/emulator/tests/test_*.cu)"
+
 emulator() {
-  build_emulator "$work/emulator"
+  build_emulated "$work/emulator/test_emulator" "$emulator_tests"
   "$work/emulator/test_emulator"
   "$work/emulator/test_emulator" --speed
 }
 
 emulator_ucontext() {
-  build_emulator "$work/ucontext" -DS3D_EMULATOR_UCONTEXT -g -fsanitize=undefined -fno-sanitize-recover=all
+  build_emulated "$work/ucontext/test_emulator" "$emulator_tests" -DS3D_EMULATOR_UCONTEXT -g \
+    -fsanitize=undefined -fno-sanitize-recover=all
   "$work/ucontext/test_emulator"
 }
 
+cuda() {
+  build_emulated "$work/cuda/test_cuda" "$(echo "$csrc"/cuda/*.cu "$csrc"/cuda/tests/*.c[cu])"
+  "$work/cuda/test_cuda"
+}
+
 variants=("$@")
-[[ $# -gt 0 ]] || variants=(emulator emulator_ucontext plain address thread neon)
+[[ $# -gt 0 ]] || variants=(emulator emulator_ucontext cuda plain address thread neon)
 for variant in "${variants[@]}"; do
   case $variant in
-    emulator | emulator_ucontext | plain | address | thread | neon | python) ;;
-    *) echo "unknown variant $variant; known: emulator emulator_ucontext plain address thread neon python" >&2 && exit 2 ;;
+    emulator | emulator_ucontext | cuda | plain | address | thread | neon | python) ;;
+    *) echo "unknown variant $variant; known: emulator emulator_ucontext cuda plain address thread neon python" >&2 && exit 2 ;;
   esac
   echo "== $variant"
   # Not in a condition, where the shell would go on behind errors.

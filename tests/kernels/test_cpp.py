@@ -43,6 +43,10 @@ def test_emulator() -> None:
     run("emulator", 500)
 
 
+def test_cuda_kernels_on_the_emulator() -> None:
+    run("cuda", 500)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", ["address", "thread", "neon", "python", "emulator_ucontext"])

@@ -1,4 +1,4 @@
-"""What nvcc makes of the wrappers in `csrc/cuda`, on every architecture: tensor-core instructions and no spills."""
+"""What nvcc makes of `csrc/cuda`, on every architecture: tensor-core instructions and no spills."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def known_architectures(nvcc: str) -> list[str]:
 def compile_cubin(nvcc: str, source: Path, architecture: str, folder: Path) -> Path:
     cubin = folder / f"{source.stem}_{architecture}.cubin"
     flags = f"-std=c++17 -Werror=all-warnings -cubin -arch={architecture}".split()
-    run(nvcc, *flags, f"-I{CSRC}", "-o", str(cubin), str(source))
+    run(nvcc, *flags, f"-I{CSRC}", f"-I{CSRC / 'include'}", "-o", str(cubin), str(source))
     return cubin
 
 
@@ -102,3 +102,34 @@ def test_every_wrapper_compiles(nvcc: str, tmp_path: Path) -> None:
             r"\bSTG\.E\.128\b",
         ):
             assert re.search(instruction, kernel.sass), f"{kernel.name}: no {instruction}"
+
+
+def check_kernels(nvcc: str, architecture: str, folder: Path) -> None:
+    """No kernel uses local memory; those that multiply use tensor cores, except in exact float32."""
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    assert sources
+    for source in sources:
+        for kernel in kernels_of(compile_cubin(nvcc, source, architecture, folder)):
+            where = f"{kernel.name} for {architecture}"
+            assert kernel.stack_bytes == 0, f"{where} uses local memory"
+            if not re.search("conv3d_gather_kernel", kernel.name):
+                continue
+            assert re.search(INSTRUCTIONS[2], kernel.sass), f"{where}: no asynchronous copies of 16 bytes"
+            exact = "MathE1E" in kernel.name
+            assert bool(re.search(INSTRUCTIONS[0], kernel.sass)) != exact, f"{where}: tensor cores"
+            assert exact or re.search(INSTRUCTIONS[1], kernel.sass), f"{where}: no ldmatrix"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_kernels(nvcc: str, tmp_path: Path, architecture: str) -> None:
+    if architecture not in known_architectures(nvcc):
+        pytest.skip(f"this nvcc does not know {architecture}")
+    check_kernels(nvcc, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"sm_80", "sm_90"}))
+def test_kernels_on_other_architectures(nvcc: str, tmp_path: Path, architecture: str) -> None:
+    if architecture not in known_architectures(nvcc):
+        pytest.skip(f"this nvcc does not know {architecture}")
+    check_kernels(nvcc, architecture, tmp_path)

@@ -1,0 +1,352 @@
+// Convolution as an implicit matrix product: rows of gathered voxels, found through the neighbour table, times weights.
+//
+//   written[v, n] = bias[n] + sum over taps and k of gathered[source(v, tap), k] * weight[tap, k, n]
+//
+// over the taps for which v has a source: an input voxel that is visible. Forward, and with a transposed window the
+// gradient of the input: any kernel size, stride and grouping.
+//
+// Layouts   gathered [voxels, groups * K], written [voxels, groups * N], channels last. The weight is packed beforehand
+//           as [group, N / kTileN, tap, K / kTileK, kTileN, kTileK] with zeros beyond K and N, so that a step's weights
+//           are one run of memory. Its columns are permuted (channel_of_column) so that a lane's sums are 8
+//           neighbouring channels, which it stores at once.
+// Work      A block of 4 warps makes kTileM = 128 consecutive voxels x kTileN channels of one group; a warp 32 voxels
+//           (two fragments of 16 rows) x kTileN. A thread finds the sources of one voxel under up to 32 taps; votes
+//           tell which fragments have a pair. A step is one tap x kTileK channels (64 bytes). Taps without a pair in
+//           the block are no steps; fragments without one are neither copied nor multiplied.
+// Memory    kStages of (128 + kTileN) * 64 bytes, filled by cp.async two steps ahead, rows that are no pair with zeros;
+//           16-byte chunks are swizzled: neither copies nor ldmatrix have bank conflicts. Sources: 32 * 128 * 4 bytes.
+//           52 KiB with kTileN = 64, 46 KiB with 32: three blocks on an SM of 164 KiB, one or two on one of 100.
+//           Registers: kTileN sums a thread, 64 or 32.
+// Numbers   bf16 and fp16: mma.sync m16n8k16. float: TF32, m16n8k8, or with Math::kExact multiply-adds in float with
+//           the same fragments. Sums are float, in an order that the problem alone fixes.
+// Limits    Fewer than 2^31 voxels on each side. Rows whose channels are no whole 16 bytes are copied by elements.
+//           Groups of few channels and K = 1 waste most of a tile.
+// Expected  A step multiplies 2 * 128 * kTileN * kTileK and fetches (128 + kTileN) * 64 bytes from L2 (every tap reads
+//           its rows again): 85 FLOP a byte in bf16 with kTileN = 64, so bound by the bandwidth of L2, not by tensor
+//           cores. Not measured yet.
+// Source    Implicit GEMM over a gather, as in Tang et al., TorchSparse++ (MICRO 2023), section 3, with a block's table
+//           in place of a hash of points.
+#include "cuda/cp_async.cuh"
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/window.cuh"
+
+namespace s3d::cuda {
+namespace {
+
+template <typename T, int kColumns>
+struct GatherTraits {
+  static constexpr int kWarps = 4, kStages = 3;
+  static constexpr int kFragments = 2;  // of 16 rows, of a warp
+  static constexpr int kTileM = 16 * kFragments * kWarps, kTileN = kColumns;
+  static constexpr int kChunks = 4;  // of a row in a stage
+  static constexpr int kTileK = kChunk<T> * kChunks;
+  static constexpr int kTapsAtOnce = 32;  // a bit each
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocks = 3;  // on an SM, for which there must be registers
+  static constexpr int kStageElements = (kTileM + kTileN) * kTileK;
+  static constexpr int kStagesBytes = kStages * kStageElements * static_cast<int>(sizeof(T));
+  static constexpr int kSharedBytes = kStagesBytes + kTapsAtOnce * kTileM * 4;
+  static_assert(kTileM == kThreads, "a thread finds the sources of one voxel");
+};
+
+// One product of a group: [written voxels, K] times [K, N].
+struct Product {
+  int taps, groups, k, n;
+  bool transposed;
+  int k_steps, n_tiles;
+  int tile_n;
+};
+
+template <typename T>
+Product product_of(const Window& window, const ConvChannels& channels) {
+  const int in = channels.in / channels.groups, out = channels.out / channels.groups;
+  const int k = window.transposed ? out : in, n = window.transposed ? in : out;
+  constexpr int kTileK = GatherTraits<T, 64>::kTileK;
+  const int tile_n = n <= 32 ? 32 : 64;
+  const int k_steps = (k + kTileK - 1) / kTileK, n_tiles = (n + tile_n - 1) / tile_n;
+  return {static_cast<int>(window.taps()), channels.groups, k, n, window.transposed, k_steps, n_tiles, tile_n};
+}
+
+// Eight consecutive rows of 64 bytes have the same chunk in eight different groups of four banks.
+template <typename T>
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  return (row * 4 + (chunk ^ (row >> 1 & 3))) * kChunk<T>;
+}
+
+// In `sums` lane 4 g + t has columns 8 j + 2 t + e, which are to be channels 32 (j / 4) + 8 t + 2 (j % 4) + e.
+__device__ __forceinline__ int channel_of_column(int column) {
+  return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256)
+    conv3d_pack_weight_kernel(Global<const T> weight, Global<T> packed, Product product, bool round_to_tf32) {
+  constexpr int kTileK = GatherTraits<T, 64>::kTileK;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  int64_t rest = i / kTileK;
+  const int column = static_cast<int>(rest % product.tile_n);
+  rest /= product.tile_n;
+  const int k = static_cast<int>(rest % product.k_steps) * kTileK + static_cast<int>(i % kTileK);
+  rest /= product.k_steps;
+  const int tap = static_cast<int>(rest % product.taps);
+  rest /= product.taps;
+  const int n = static_cast<int>(rest % product.n_tiles) * product.tile_n + channel_of_column(column);
+  const int64_t group = rest / product.n_tiles;
+  if (group >= product.groups) return;
+  T value = from_float<T>(0.0f);
+  if (k < product.k && n < product.n) {
+    // [out, in / groups, taps], and the written channels are the outputs or the inputs.
+    const int64_t row = product.transposed ? (group * product.k + k) * product.n + n
+                                           : (group * product.n + n) * product.k + k;
+    value = weight[row * product.taps + tap];
+  }
+  if constexpr (sizeof(T) == 4) {
+    if (round_to_tf32) value = __uint_as_float(to_tf32(value));
+  }
+  packed[i] = value;
+}
+
+// What comes next: channels k_step of the lowest of `taps`.
+struct Step {
+  uint32_t taps;
+  int k_step;
+  __device__ int tap() const { return __ffs(static_cast<int>(taps)) - 1; }
+  __device__ void advance(int k_steps) {
+    if (++k_step < k_steps) return;
+    k_step = 0;
+    taps &= taps - 1;
+  }
+};
+
+__device__ __forceinline__ bool fragment_has(uint32_t rows, int fragment) {
+  return (rows >> 16 * fragment & 0xFFFF) != 0;
+}
+
+// sums += rows * columns, for the warp's fragments that have a pair: `pairs` has a bit for each of its 32 rows.
+template <typename T, Math kMath, int kFragments, int kColumns>
+__device__ __forceinline__ void multiply(Shared<T> rows, Shared<T> columns, int first_row, uint32_t pairs,
+                                         float (&sums)[kFragments][kColumns / 8][4]) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (kMath == Math::kExact) {
+    static_assert(sizeof(T) == 4, "of float");
+#pragma unroll 1
+    for (int chunk = 0; chunk < 4; ++chunk) {
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        if (!fragment_has(pairs, m)) continue;
+        const int row = first_row + m * 16 + lane / 4;
+        const float4 low = load<float4>(rows + swizzled<T>(row, chunk));
+        const float4 high = load<float4>(rows + swizzled<T>(row + 8, chunk));
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; ++i) {
+          const float4 b = load<float4>(columns + swizzled<T>(i / 2 * 8 + lane % 4 * 2 + i % 2, chunk));
+          float& first = sums[m][i / 2][i % 2];
+          first += low.x * b.x;
+          first += low.y * b.y;
+          first += low.z * b.z;
+          first += low.w * b.w;
+          float& second = sums[m][i / 2][2 + i % 2];
+          second += high.x * b.x;
+          second += high.y * b.y;
+          second += high.z * b.z;
+          second += high.w * b.w;
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // mma takes 32 bytes of a row
+      uint32_t b[kColumns / 8][2];
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; j += 2) {
+        uint32_t pair[4];
+        ldmatrix(pair, columns + swizzled<T>(j * 8 + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[j + i / 2][i % 2] = pair[i];
+      }
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        if (!fragment_has(pairs, m)) continue;
+        uint32_t a[4];
+        ldmatrix(a, rows + swizzled<T>(first_row + m * 16 + lane % 16, half * 2 + lane / 16));
+        if constexpr (sizeof(T) == 4) {  // the weights were rounded when they were packed
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[i] = to_tf32(__uint_as_float(a[i]));
+        }
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; ++j) mma<T>(sums[m][j], a, b[j]);
+      }
+    }
+  }
+}
+
+template <typename T, Math kMath, int kColumns>
+__global__ void __launch_bounds__(GatherTraits<T, kColumns>::kThreads, GatherTraits<T, kColumns>::kBlocks)
+    conv3d_gather_kernel(WindowView window, Product product, Global<const T> gathered, Global<const T> packed,
+                         Global<const T> bias, Global<T> written, bool whole_gathered, bool whole_written) {
+  using Traits = GatherTraits<T, kColumns>;
+  constexpr int kStages = Traits::kStages, kTileM = Traits::kTileM, kTileK = Traits::kTileK;
+  constexpr uint32_t kAll = 0xFFFFFFFF;
+  const Shared<T> stages = dynamic_shared<T>(0, kStages * Traits::kStageElements);
+  const Shared<int> sources = dynamic_shared<int>(Traits::kStagesBytes, Traits::kTapsAtOnce * kTileM);
+  S3D_SHARED(uint32_t, taps_of_warp, Traits::kWarps);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * 32;
+  const int group = blockIdx.y / product.n_tiles, n_first = blockIdx.y % product.n_tiles * kColumns;
+  const int64_t gathered_channels = static_cast<int64_t>(product.groups) * product.k;
+  gathered += static_cast<int64_t>(group) * product.k;
+  packed += static_cast<int64_t>(blockIdx.y) * product.taps * product.k_steps * (kColumns * kTileK);
+
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileM, voxel = first + threadIdx.x;
+  bool visible = voxel < window.written_voxels_count;
+  if (visible && window.written_voxels != nullptr) visible = window.written_voxels[voxel] != 0;
+  const uint32_t visible_rows = __ballot_sync(kAll, visible);
+  const VoxelPlace place = place_of(window, visible ? static_cast<int>(voxel) : 0);
+
+  float sums[Traits::kFragments][kColumns / 8][4] = {};
+  for (int tap_begin = 0; tap_begin < product.taps; tap_begin += Traits::kTapsAtOnce) {
+    // A warp finds the sources of the rows that it copies and multiplies itself; only the taps are the block's.
+    const int taps = min(Traits::kTapsAtOnce, product.taps - tap_begin);
+    uint32_t pairs_of_tap = 0;  // lane i: which of the warp's rows have a source under tap i
+    for (int i = 0; i < taps; ++i) {
+      const int source = visible ? source_of(window, place, tap_of(window, tap_begin + i)) : -1;
+      sources[i * kTileM + threadIdx.x] = source;
+      const uint32_t pairs = __ballot_sync(kAll, source >= 0);
+      if (lane == i) pairs_of_tap = pairs;
+    }
+    const uint32_t own_taps = __ballot_sync(kAll, pairs_of_tap != 0);
+    if (lane == 0) taps_of_warp[warp] = own_taps;
+    count_useful_flops(2 * int64_t{__popc(pairs_of_tap)} * product.k * min(kColumns, product.n - n_first));
+    __syncthreads();
+    Step step = {0, 0};
+    for (int i = 0; i < Traits::kWarps; ++i) step.taps |= static_cast<uint32_t>(taps_of_warp[i]);
+    const int steps = __popc(step.taps) * product.k_steps;
+
+    const auto copy = [&](int stage, const Step& from) {
+      const int tap = from.tap();
+      const uint32_t pairs = __shfl_sync(kAll, pairs_of_tap, tap);
+      const Shared<T> rows = stages + stage * Traits::kStageElements;
+      const int chunk = lane % 4, k = from.k_step * kTileK + chunk * kChunk<T>;
+#pragma unroll
+      for (int i = 0; i < 32; i += 8) {
+        if (!fragment_has(pairs, i / 16)) continue;
+        const int row = warp_row + i + lane / 4;
+        const int source = sources[tap * kTileM + row];
+        copy_chunk<T>(rows + swizzled<T>(row, chunk), gathered, source * gathered_channels + k,
+                      source < 0 ? 0 : product.k - k, whole_gathered);
+      }
+      const int64_t tile = static_cast<int64_t>(tap_begin + tap) * product.k_steps + from.k_step;
+      const Global<const T> weights = packed + tile * (kColumns * kTileK);
+#pragma unroll
+      for (int i = threadIdx.x; i < kColumns * Traits::kChunks; i += Traits::kThreads) {
+        cp_async<16>(rows + kTileM * kTileK + swizzled<T>(i / 4, i % 4), weights + i * kChunk<T>);
+      }
+    };
+
+    Step next = step;
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < steps) copy(i, next);
+      cp_async_commit();
+      next.advance(product.k_steps);
+    }
+    for (int i = 0; i < steps; ++i) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // everybody's copies of this step are there, and the stage of the step before is free
+      if (i + kStages - 1 < steps) copy((i + kStages - 1) % kStages, next);
+      cp_async_commit();
+      next.advance(product.k_steps);
+      const uint32_t pairs = __shfl_sync(kAll, pairs_of_tap, step.tap());
+      const Shared<T> rows = stages + i % kStages * Traits::kStageElements;
+      if (pairs != 0) {
+        multiply<T, kMath, Traits::kFragments, kColumns>(rows, rows + kTileM * kTileK, warp_row, pairs, sums);
+      }
+      step.advance(product.k_steps);
+    }
+    __syncthreads();  // for the next taps
+  }
+
+  const int64_t written_channels = static_cast<int64_t>(product.groups) * product.n;
+#pragma unroll
+  for (int q = 0; q < kColumns / 32; ++q) {
+    const int n = n_first + q * 32 + lane % 4 * 8, channel = group * product.n + n;
+    float start[8] = {};
+    if (bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (n + i < product.n) start[i] = to_float(static_cast<T>(bias[channel + i]));
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2 * Traits::kFragments; ++half) {
+      const int row = half * 8 + lane / 4;
+      const int64_t to = first + warp_row + row;
+      if (to >= window.written_voxels_count) continue;
+      const bool shown = visible_rows >> row & 1;
+      float values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        values[i] = shown ? sums[half / 2][q * 4 + i / 2][half % 2 * 2 + i % 2] + start[i] : 0.0f;
+      }
+      store_values<8, T>(written + to * written_channels + channel, values, product.n - n, whole_written);
+    }
+  }
+}
+
+template <typename T, Math kMath, int kColumns>
+void gather(const Window& window, const Product& product, const T* gathered, const T* packed, const T* bias, T* written,
+            cudaStream_t stream) {
+  using Traits = GatherTraits<T, kColumns>;
+  const WindowView shape = view(window);
+  const int64_t tiles = (shape.written_voxels_count + Traits::kTileM - 1) / Traits::kTileM;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(product.groups * product.n_tiles));
+  launch("conv3d_gather", conv3d_gather_kernel<T, kMath, kColumns>, grid, Traits::kThreads, Traits::kSharedBytes,
+         stream, shape, product, gathered, packed, bias, written,
+         whole_chunks(gathered, product.groups * product.k, product.k),
+         whole_chunks(written, product.groups * product.n, product.n));
+}
+
+}  // namespace
+
+template <typename T>
+int64_t conv3d_packed_elements(const Window& window, const ConvChannels& channels) {
+  const Product product = product_of<T>(window, channels);
+  return int64_t{product.groups} * product.n_tiles * product.taps * product.k_steps * product.tile_n *
+         GatherTraits<T, 64>::kTileK;
+}
+
+template <typename T>
+void conv3d_pack_weight(const Window& window, const ConvChannels& channels, Math math, const T* weight, T* packed,
+                        cudaStream_t stream) {
+  const int64_t elements = conv3d_packed_elements<T>(window, channels);
+  launch("conv3d_pack_weight", conv3d_pack_weight_kernel<T>, static_cast<unsigned>((elements + 255) / 256), 256, 0,
+         stream, weight, packed, product_of<T>(window, channels), math == Math::kTensorCores);
+}
+
+template <typename T>
+void conv3d_gather(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
+                   const T* bias, T* written, cudaStream_t stream) {
+  const Product product = product_of<T>(window, channels);
+  const auto start = [&](auto narrow, auto wide) {
+    (product.tile_n == 32 ? narrow : wide)(window, product, gathered, packed, bias, written, stream);
+  };
+  if constexpr (sizeof(T) == 4) {
+    if (math == Math::kExact) return start(gather<T, Math::kExact, 32>, gather<T, Math::kExact, 64>);
+  }
+  start(gather<T, Math::kTensorCores, 32>, gather<T, Math::kTensorCores, 64>);
+}
+
+#define S3D_INSTANTIATE(T)                                                                                   \
+  template int64_t conv3d_packed_elements<T>(const Window&, const ConvChannels&);                            \
+  template void conv3d_pack_weight<T>(const Window&, const ConvChannels&, Math, const T*, T*, cudaStream_t); \
+  template void conv3d_gather<T>(const Window&, const ConvChannels&, Math, const T*, const T*, const T*, T*, \
+                                 cudaStream_t);
+S3D_INSTANTIATE(float)
+S3D_INSTANTIATE(bf16)
+S3D_INSTANTIATE(fp16)
+#undef S3D_INSTANTIATE
+
+}  // namespace s3d::cuda

@@ -1,0 +1,35 @@
+// What bindings call: every operator on pointers to device memory. Nothing is allocated and nothing waits: work is put
+// on `stream`. T: float, bf16 or fp16. Features are block-compact, [rows, block, channels], channels last. What lies at
+// masked voxels is never read; results there are zeros.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "s3d/window.h"
+
+namespace s3d::cuda {
+
+// How float is multiplied; numbers of 16 bits go to tensor cores always.
+enum class Math { kTensorCores, kExact };
+
+struct ConvChannels {
+  int in, out, groups;  // of the forward direction
+};
+
+// ---- conv3d_gather.cu. Pointers in a Window are to device memory.
+
+// Elements of the packed weight, 16-byte aligned, that conv3d_gather takes.
+template <typename T>
+int64_t conv3d_packed_elements(const Window& window, const ConvChannels& channels);
+
+// weight: [out, in / groups, taps] as torch has it. Packed for the direction of `window` and for `math`.
+template <typename T>
+void conv3d_pack_weight(const Window& window, const ConvChannels& channels, Math math, const T* weight, T* packed,
+                        cudaStream_t stream);
+
+// Forward: gathered has `in` channels, written `out`; window.transposed (gradient of the input): the reverse. bias:
+// [written channels] or null.
+template <typename T>
+void conv3d_gather(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
+                   const T* bias, T* written, cudaStream_t stream);
+
+}  // namespace s3d::cuda

@@ -1,0 +1,63 @@
+// Rows of a channels-last tensor, 16 bytes at a time where all rows are aligned to it and by elements where they are
+// not (odd numbers of channels).
+#pragma once
+
+#include "cuda/cp_async.cuh"
+#include "cuda/memory.cuh"
+
+namespace s3d::cuda {
+
+template <typename T>
+constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
+
+// Whether rows of `channels` elements, and the parts of `part` elements that they are cut to, are whole chunks.
+template <typename T>
+bool whole_chunks(const T* data, int64_t channels, int64_t part) {
+  return channels % kChunk<T> == 0 && part % kChunk<T> == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+// One chunk to shared memory: the first `count` elements (or all, or with none nothing is read), zeros beyond. By
+// elements it is there at once, else when the thread's copies have landed.
+template <typename T>
+__device__ __forceinline__ void copy_chunk(Shared<T> to, Global<const T> from, int64_t offset, int count, bool whole) {
+  if (whole) {
+    cp_async<16>(to, from + (count > 0 ? offset : 0), count > 0 ? 16 : 0);
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kChunk<T>; ++i) {
+    T value = from_float<T>(0.0f);
+    if (i < count) value = from[offset + i];
+    to[i] = value;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack_chunk(const float* values) {
+  if constexpr (sizeof(T) == 4) {
+    return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                      __float_as_uint(values[3]));
+  } else {
+    return make_uint4(pack<T>(values[0], values[1]), pack<T>(values[2], values[3]), pack<T>(values[4], values[5]),
+                      pack<T>(values[6], values[7]));
+  }
+}
+
+// The first `count` of kValues neighbouring numbers.
+template <int kValues, typename T>
+__device__ __forceinline__ void store_values(Global<T> to, const float (&values)[kValues], int64_t count, bool whole) {
+  static_assert(kValues % kChunk<T> == 0, "whole chunks");
+  if (whole) {
+#pragma unroll
+    for (int i = 0; i < kValues; i += kChunk<T>) {
+      if (i < count) store(to + i, pack_chunk<T>(values + i));
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    if (i < count) to[i] = from_float<T>(values[i]);
+  }
+}
+
+}  // namespace s3d::cuda

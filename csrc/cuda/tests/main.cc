@@ -1,0 +1,16 @@
+// The CUDA kernels, run by the emulator, against sums in double. Usage: test_cuda
+#include <cstdio>
+#include <exception>
+
+#include "cuda/tests/results.h"
+
+int main() {
+  try {
+    s3d::cuda::test::test_conv3d();
+  } catch (const std::exception& error) {
+    std::printf("not expected: %s\n", error.what());
+    return 1;
+  }
+  std::printf("cuda kernels ok\n");
+  return 0;
+}

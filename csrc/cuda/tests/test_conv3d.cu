@@ -1,0 +1,121 @@
+// Convolution and the gradient of its input: random masks, every kind of window, odd numbers of channels, groups.
+#include "cuda/tests/results.h"
+#include "tests/problem.h"
+
+namespace s3d::cuda::test {
+namespace {
+
+using s3d::test::Channels;
+using s3d::test::Pair;
+using s3d::test::Problem;
+using s3d::test::Random;
+using s3d::test::Shape;
+using s3d::test::Side;
+
+void add_bias(const Side& side, const std::vector<double>& bias, Expected& to) {
+  const auto channels = static_cast<int64_t>(bias.size());
+  for (int64_t i = 0; i < static_cast<int64_t>(to.value.size()) && channels > 0; ++i) {
+    if (side.visible(i / channels)) to.add(i, bias[i % channels]);
+  }
+}
+
+// The window's tables as a kernel may read them.
+struct DeviceWindow {
+  explicit DeviceWindow(const Window& window)
+      : table_(window.table, window.written_rows * window.columns() * 4, "table"),
+        written_(window.written_voxels, window.written_rows * window.written_block.volume(), "written voxels"),
+        gathered_(window.gathered_voxels, window.gathered_rows * window.gathered_block.volume(), "gathered voxels") {}
+
+ private:
+  emulator::RegisteredBuffer table_, written_, gathered_;
+};
+
+template <typename T>
+void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed) {
+  Random random(seed);
+  const bool with_bias = random.chance(0.5);
+  const int64_t in_group = c.in / c.groups, out_group = c.out / c.groups, taps = p.shape.kernel.volume();
+  Operand<T> x(p.source.features(random.values(p.source.size() * c.in), c.in), "x");
+  Operand<T> grad(p.target.features(random.values(p.target.size() * c.out), c.out), "grad");
+  Operand<T> weight(random.values(c.out * in_group * taps), "weight");
+  Operand<T> out_bias(with_bias ? random.values(c.out) : std::vector<double>(), "bias");
+  Operand<T> in_bias(with_bias ? random.values(c.in) : std::vector<double>(), "bias");
+
+  Expected y(p.target.size() * c.out), grad_x(p.source.size() * c.in);
+  add_bias(p.target, out_bias.read, y);
+  add_bias(p.source, in_bias.read, grad_x);
+  for (const Pair& pair : p.pairs) {
+    for (int64_t o = 0; o < c.out; ++o) {
+      for (int64_t i = 0; i < in_group; ++i) {
+        const int64_t at_y = pair.target * c.out + o, at_x = pair.source * c.in + o / out_group * in_group + i;
+        const int64_t at_w = (o * in_group + i) * taps + pair.tap;
+        y.add(at_y, weight.read[at_w] * x.read[at_x]);
+        grad_x.add(at_x, weight.read[at_w] * grad.read[at_y]);
+      }
+    }
+  }
+
+  const ConvChannels channels = {static_cast<int>(c.in), static_cast<int>(c.out), static_cast<int>(c.groups)};
+  const std::string name = p.name + " channels " + std::to_string(c.in) + " to " + std::to_string(c.out) + " groups " +
+                           std::to_string(c.groups) + (with_bias ? " bias " : " ") + name_of<T>(math);
+  const DeviceWindow forward(p.forward), transposed(p.transposed);
+  const auto convolve = [&](const Window& window, Operand<T>& gathered, Operand<T>& bias, T* written) {
+    DeviceBuffer<T> packed(conv3d_packed_elements<T>(window, channels), "packed weight");
+    for (size_t i = 0; i < packed.size(); ++i) packed[i] = from_float<T>(std::nanf(""));
+    conv3d_pack_weight<T>(window, channels, math, weight.device.data(), packed.data(), nullptr);
+    conv3d_gather<T>(window, channels, math, gathered.device.data(), packed.data(),
+                     with_bias ? bias.device.data() : nullptr, written, nullptr);
+  };
+  check_result<T>("conv3d_gather " + name, y, tolerance<T>(math),
+                  [&](T* written) { convolve(p.forward, x, out_bias, written); });
+  check_result<T>("conv3d_gather transposed " + name, grad_x, tolerance<T>(math),
+                  [&](T* written) { convolve(p.transposed, grad, in_bias, written); });
+}
+
+struct Case {
+  Shape shape;
+  Channels channels;
+  std::vector<double> share;  // of the blocks of each sample
+};
+
+constexpr Triple kNone = {0, 0, 0}, kOne = {1, 1, 1}, kTwo = {2, 2, 2}, kThree = {3, 3, 3}, kFour = {4, 4, 4},
+                 kFive = {5, 5, 5};
+
+const Case kCases[] = {
+    {{2, {2, 3, 3}, kFour, kThree, kOne, kOne}, {32, 64, 1}, {0.6, 0.2}},
+    {{3, {3, 3, 2}, kTwo, kThree, kOne, kOne}, {40, 24, 1}, {0.7, 0, 0.4}},
+    {{1, {6, 6, 6}, kOne, kThree, kOne, kOne}, {72, 80, 1}, {0.5}},
+    {{2, {1, 2, 2}, {4, 8, 8}, {1, 3, 3}, kOne, {0, 1, 1}}, {7, 5, 1}, {0.8, 0.4}},
+    {{2, {2, 2, 2}, kFour, kOne, kOne, kNone}, {33, 96, 1}, {0.5, 1}},
+    {{2, {3, 3, 3}, kOne, kFive, kOne, kTwo}, {8, 9, 1}, {0.9, 0.5}},
+    {{1, {2, 2, 2}, kFour, kFive, kOne, kTwo}, {8, 16, 1}, {0.7}},
+    {{2, {2, 2, 3}, kFour, kThree, kTwo, kOne}, {16, 32, 1}, {0.6, 0.8}},
+    {{2, {2, 2, 3}, {8, 8, 8}, kTwo, kTwo, kNone}, {24, 8, 1}, {0.3, 0.1}},
+    {{2, {3, 3, 3}, kTwo, kTwo, kTwo, kNone}, {24, 40, 1}, {0.6, 0.3}},
+    {{1, {3, 3, 3}, {2, 4, 4}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}}, {17, 33, 1}, {0.6}},
+    {{2, {2, 2, 2}, kFour, kThree, kOne, kOne}, {32, 48, 2}, {0.5, 0.5}},
+    {{1, {2, 3, 2}, kTwo, kThree, kOne, kOne}, {12, 6, 3}, {0.8}},
+    {{1, {2, 2, 2}, kFour, kThree, kTwo, kOne}, {8, 8, 8}, {0.8}},
+    {{1, {2, 2, 2}, kFour, kThree, kOne, kOne}, {1, 32, 1}, {0.8}},
+    {{2, {2, 2, 2}, kTwo, kThree, kOne, kOne}, {8, 8, 1}, {0, 0}},
+};
+
+}  // namespace
+
+void test_conv3d() {
+  uint64_t seed = 1;
+  for (const Case& c : kCases) {
+    for (const double visible : {1.0, 0.6}) {
+      Random random(++seed);
+      // Of one set of blocks and of two.
+      const bool same_blocks = visible == 1.0;
+      const Problem p(c.shape, c.share, c.share, same_blocks, visible, visible, 0, random);
+      check_problem<bf16>(p, c.channels, Math::kTensorCores, seed);
+      if (seed % 3 == 0) check_problem<fp16>(p, c.channels, Math::kTensorCores, seed);
+      if (seed % 3 == 1) check_problem<float>(p, c.channels, Math::kTensorCores, seed);
+      if (seed % 3 == 2) check_problem<float>(p, c.channels, Math::kExact, seed);
+    }
+  }
+}
+
+}  // namespace s3d::cuda::test

@@ -32,4 +32,14 @@ template <typename T>
 void conv3d_gather(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
                    const T* bias, T* written, cudaStream_t stream);
 
+// ---- conv3d_grad_weight.cu
+
+// Floats that conv3d_grad_weight needs to work with.
+int64_t conv3d_grad_weight_partial_sums(const Window& window, const ConvChannels& channels);
+
+// grad is written, x gathered (forward window). grad_weight: [out, in / groups, taps].
+template <typename T>
+void conv3d_grad_weight(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x,
+                        float* partial, T* grad_weight, cudaStream_t stream);
+
 }  // namespace s3d::cuda

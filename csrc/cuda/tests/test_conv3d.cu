@@ -41,7 +41,7 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
   Operand<T> out_bias(with_bias ? random.values(c.out) : std::vector<double>(), "bias");
   Operand<T> in_bias(with_bias ? random.values(c.in) : std::vector<double>(), "bias");
 
-  Expected y(p.target.size() * c.out), grad_x(p.source.size() * c.in);
+  Expected y(p.target.size() * c.out), grad_x(p.source.size() * c.in), grad_weight(c.out * in_group * taps);
   add_bias(p.target, out_bias.read, y);
   add_bias(p.source, in_bias.read, grad_x);
   for (const Pair& pair : p.pairs) {
@@ -51,6 +51,7 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
         const int64_t at_w = (o * in_group + i) * taps + pair.tap;
         y.add(at_y, weight.read[at_w] * x.read[at_x]);
         grad_x.add(at_x, weight.read[at_w] * grad.read[at_y]);
+        grad_weight.add(at_w, grad.read[at_y] * x.read[at_x]);
       }
     }
   }
@@ -70,6 +71,12 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
                   [&](T* written) { convolve(p.forward, x, out_bias, written); });
   check_result<T>("conv3d_gather transposed " + name, grad_x, tolerance<T>(math),
                   [&](T* written) { convolve(p.transposed, grad, in_bias, written); });
+  check_result<T>("conv3d_grad_weight " + name, grad_weight, tolerance<T>(math), [&](T* written) {
+    DeviceBuffer<float> partial(conv3d_grad_weight_partial_sums(p.forward, channels), "partial sums");
+    for (size_t i = 0; i < partial.size(); ++i) partial[i] = std::nanf("");
+    conv3d_grad_weight<T>(p.forward, channels, math, grad.device.data(), x.device.data(), partial.data(), written,
+                          nullptr);
+  });
 }
 
 struct Case {
@@ -98,6 +105,8 @@ const Case kCases[] = {
     {{1, {2, 2, 2}, kFour, kThree, kTwo, kOne}, {8, 8, 8}, {0.8}},
     {{1, {2, 2, 2}, kFour, kThree, kOne, kOne}, {1, 32, 1}, {0.8}},
     {{2, {2, 2, 2}, kTwo, kThree, kOne, kOne}, {8, 8, 1}, {0, 0}},
+    // Voxels of more than one part of the gradient of the weight.
+    {{1, {2, 2, 3}, {8, 8, 8}, {1, 1, 2}, kOne, kNone}, {8, 8, 1}, {0.9}},
 };
 
 }  // namespace

@@ -42,4 +42,45 @@ template <typename T>
 void conv3d_grad_weight(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x,
                         float* partial, T* grad_weight, cudaStream_t stream);
 
+// ---- norm.cu. Tables are [samples, channels] in float.
+
+// Rows of a block-compact tensor, sample by sample.
+struct SampleRows {
+  int samples;
+  const int32_t* offsets;  // [samples + 1] on the device: rows of each sample
+  int64_t rows;            // of all
+  int64_t block;           // voxels of a block
+  const uint8_t* voxels;   // [rows, block] on the device, or null: all visible
+};
+
+// Floats that the functions with `partial` need to work with.
+int64_t norm_partial_sums(const SampleRows& rows, int channels);
+
+// mean, and the sum of the squared distances from it; zeros for a sample of which nothing is visible.
+template <typename T>
+void norm_statistics(const SampleRows& rows, const T* x, float* partial, float* mean, float* squares, int channels,
+                     cudaStream_t stream);
+
+// y = leaky((x - mean) * scale + shift + residual); residual may be null, y may be x.
+template <typename T>
+void norm_apply(const SampleRows& rows, const T* x, const float* mean, const float* scale, const float* shift,
+                const T* residual, float slope, T* y, int channels, cudaStream_t stream);
+
+// before: the gradient in front of the activation, null if slope is 1. The activation's sign is that of y, or where y
+// is null of the affine of x. of_grad, of_product: sums of before and of before * (x - mean) * rstd.
+template <typename T>
+void norm_grad_sums(const SampleRows& rows, const T* grad, const T* x, const T* y, const float* mean,
+                    const float* rstd, const float* scale, const float* shift, float slope, T* before, float* partial,
+                    float* of_grad, float* of_product, int channels, cudaStream_t stream);
+
+// grad_x = scale * grad - offset - tilt * (x - mean) * rstd
+template <typename T>
+void norm_grad_input(const SampleRows& rows, const T* grad, const T* x, const float* mean, const float* rstd,
+                     const float* scale, const float* offset, const float* tilt, T* grad_x, int channels,
+                     cudaStream_t stream);
+
+// Sums over the visible voxels of all samples: the gradient of a convolution's bias. sums: [channels]
+template <typename T>
+void channel_sums(const SampleRows& rows, const T* x, float* partial, T* sums, int channels, cudaStream_t stream);
+
 }  // namespace s3d::cuda

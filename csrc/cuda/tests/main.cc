@@ -6,6 +6,7 @@
 
 int main() {
   try {
+    s3d::cuda::test::test_norm();
     s3d::cuda::test::test_conv3d();
   } catch (const std::exception& error) {
     std::printf("not expected: %s\n", error.what());

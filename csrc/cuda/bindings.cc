@@ -69,7 +69,8 @@ void conv3d(TensorView x, TensorView weight, MaybeTensor bias, MaybeTensor sourc
 // The window of the other direction, with its table.
 struct Reversed {
   Reversed(const Geometry& g, cudaStream_t stream) : table(g.forward.gathered_rows * g.forward.columns()) {
-    reverse_table(g.forward, table.data(), stream);
+    reverse_table(g.forward.table, g.forward.written_rows, g.forward.columns(), g.forward.gathered_rows, table.data(),
+                  stream);
     window = g.transposed(table.data());
   }
   Scratch<int32_t> table;
@@ -119,15 +120,120 @@ void conv3d_grad_weight(TensorView grad, TensorView x, MaybeTensor source_voxels
   });
 }
 
+// ---- normalisation
+
+// Samples and blocks of features x [V, bd, bh, bw, C].
+SampleRows rows_of(const TensorView& x, const MaybeTensor& voxels, const TensorView& offsets) {
+  last_size(x, "x");
+  const int64_t samples = samples_of(offsets);
+  return {checked_int(samples, "samples"), data<int32_t>(offsets, "sample_offsets", {samples + 1}), x.size(0),
+          x.size(1) * x.size(2) * x.size(3),
+          data<uint8_t>(voxels, "voxels", {x.size(0), x.size(1), x.size(2), x.size(3)})};
+}
+
+// A table [samples, channels].
+float* table_of(const TensorView& t, const char* name, const SampleRows& rows, const TensorView& x) {
+  return data<float>(t, name, {rows.samples, x.size(4)});
+}
+
+void norm_statistics(TensorView x, MaybeTensor voxels, TensorView offsets, TensorView mean, TensorView squares,
+                     int64_t) {
+  const OnDeviceOf device(x);
+  guarded([&] {
+    const SampleRows rows = rows_of(x, voxels, offsets);
+    const int channels = checked_int(x.size(4), "channels");
+    by_dtype(x, "x", [&](auto t) {
+      using T = decltype(t);
+      const Scratch<float> partial(norm_partial_sums(rows, channels));
+      s3d::cuda::norm_statistics<T>(rows, like<T>(x, "x", x), partial.data(), table_of(mean, "mean", rows, x),
+                                    table_of(squares, "squares", rows, x), channels, device.stream());
+    });
+  });
+}
+
+void norm_apply(TensorView x, TensorView mean, TensorView scale, TensorView shift, MaybeTensor residual, double slope,
+                MaybeTensor voxels, TensorView offsets, TensorView y, int64_t) {
+  const OnDeviceOf device(x);
+  guarded([&] {
+    const SampleRows rows = rows_of(x, voxels, offsets);
+    const int channels = checked_int(x.size(4), "channels");
+    by_dtype(x, "x", [&](auto t) {
+      using T = decltype(t);
+      s3d::cuda::norm_apply<T>(rows, like<T>(x, "x", x), table_of(mean, "mean", rows, x),
+                               table_of(scale, "scale", rows, x), table_of(shift, "shift", rows, x),
+                               like<T>(residual, "residual", x), static_cast<float>(slope), like<T>(y, "y", x),
+                               channels, device.stream());
+    });
+  });
+}
+
+void norm_grad_sums(TensorView grad, TensorView x, MaybeTensor y, TensorView mean, TensorView rstd, TensorView scale,
+                    TensorView shift, double slope, MaybeTensor voxels, TensorView offsets, MaybeTensor before,
+                    TensorView of_grad, TensorView of_product, int64_t) {
+  const OnDeviceOf device(grad);
+  guarded([&] {
+    const SampleRows rows = rows_of(x, voxels, offsets);
+    const int channels = checked_int(x.size(4), "channels");
+    by_dtype(x, "x", [&](auto t) {
+      using T = decltype(t);
+      const Scratch<float> partial(norm_partial_sums(rows, channels));
+      s3d::cuda::norm_grad_sums<T>(rows, like<T>(grad, "grad", x), like<T>(x, "x", x), like<T>(y, "y", x),
+                                   table_of(mean, "mean", rows, x), table_of(rstd, "rstd", rows, x),
+                                   table_of(scale, "scale", rows, x), table_of(shift, "shift", rows, x),
+                                   static_cast<float>(slope), like<T>(before, "before", x), partial.data(),
+                                   table_of(of_grad, "of_grad", rows, x), table_of(of_product, "of_product", rows, x),
+                                   channels, device.stream());
+    });
+  });
+}
+
+void norm_grad_input(TensorView grad, TensorView x, TensorView mean, TensorView rstd, TensorView scale,
+                     TensorView offset, TensorView tilt, MaybeTensor voxels, TensorView offsets, TensorView grad_x,
+                     int64_t) {
+  const OnDeviceOf device(grad);
+  guarded([&] {
+    const SampleRows rows = rows_of(x, voxels, offsets);
+    const int channels = checked_int(x.size(4), "channels");
+    by_dtype(x, "x", [&](auto t) {
+      using T = decltype(t);
+      s3d::cuda::norm_grad_input<T>(rows, like<T>(grad, "grad", x), like<T>(x, "x", x),
+                                    table_of(mean, "mean", rows, x), table_of(rstd, "rstd", rows, x),
+                                    table_of(scale, "scale", rows, x), table_of(offset, "offset", rows, x),
+                                    table_of(tilt, "slope", rows, x), like<T>(grad_x, "grad_x", x), channels,
+                                    device.stream());
+    });
+  });
+}
+
 // ---- the library itself
 
 // Of the files that this was compiled from, see setup.py.
 String sources() { return S3D_SOURCES; }
 
+#ifdef S3D_EMULATOR
+// In which order blocks and warps run from now on.
+void use_seed(int64_t seed) { emulator::set_options({static_cast<uint64_t>(seed), true}); }
+
+// Names of the kernels launched since the last call.
+Array<String> take_launches() {
+  Array<String> names;
+  for (const emulator::LaunchRecord& launch : emulator::take_launches()) names.push_back(launch.kernel);
+  return names;
+}
+#endif
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d, conv3d);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_input, conv3d_grad_input);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_weight, conv3d_grad_weight);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_statistics, norm_statistics);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_apply, norm_apply);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_grad_sums, norm_grad_sums);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_grad_input, norm_grad_input);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sources, sources);
+#ifdef S3D_EMULATOR
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_seed, use_seed);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(take_launches, take_launches);
+#endif
 
 }  // namespace
 }  // namespace s3d::cuda

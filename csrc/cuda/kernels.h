@@ -73,4 +73,18 @@ void norm_grad_input(const SampleRows& rows, const T* grad, const T* x, const fl
 template <typename T>
 void channel_sums(const SampleRows& rows, const T* x, float* partial, T* sums, int channels, cudaStream_t stream);
 
+// ---- table.cu. index: [rows, 4], (n, gd, gh, gw) of each stored block, 16-byte aligned.
+
+// cells: [batch, grid], the row of the block that is stored there, -1: none.
+void cell_rows(const int32_t* index, int64_t rows, int64_t batch, const Triple& grid, int32_t* cells,
+               cudaStream_t stream);
+
+// table: [rows, prod(2 * radius + 1)] as in Window, from the index of the written blocks and the cells of the gathered.
+void neighbour_table(const int32_t* index, int64_t rows, const int32_t* cells, const Triple& grid,
+                     const Triple& radius, int32_t* table, cudaStream_t stream);
+
+// reverse: [reverse_rows, columns], the table of the opposite direction, as s3d::reverse_table makes it on the host.
+void reverse_table(const int32_t* table, int64_t rows, int64_t columns, int64_t reverse_rows, int32_t* reverse,
+                   cudaStream_t stream);
+
 }  // namespace s3d::cuda

@@ -98,5 +98,6 @@ void check_result(const std::string& what, const Expected& expected, const Toler
 
 void test_conv3d();
 void test_norm();
+void test_table();
 
 }  // namespace s3d::cuda::test

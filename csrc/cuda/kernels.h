@@ -87,4 +87,29 @@ void neighbour_table(const int32_t* index, int64_t rows, const int32_t* cells, c
 void reverse_table(const int32_t* table, int64_t rows, int64_t columns, int64_t reverse_rows, int32_t* reverse,
                    cudaStream_t stream);
 
+// ---- blocks.cu
+
+struct DenseVolume {
+  int batch, channels;
+  Triple shape;
+  int64_t strides[5];  // elements, of [N, C, D, H, W]
+};
+
+struct BlockRows {
+  const int32_t* index;   // as in table.cu
+  const uint8_t* voxels;  // [rows, block] on the device, or null: all visible
+  Triple block;
+  int64_t rows;
+};
+
+// Zeros at masked voxels and beyond the volume. Bits are moved as they are.
+template <typename T>
+void gather_blocks(const BlockRows& rows, const DenseVolume& volume, const T* dense, T* blocks, cudaStream_t stream);
+
+// cells: of the same blocks (cell_rows), on the grid that covers the volume. fill: [channels], for all that is not
+// visible, or null for zeros. Of `rows` the index is not needed.
+template <typename T>
+void scatter_blocks(const BlockRows& rows, const DenseVolume& volume, const int32_t* cells, const T* blocks,
+                    const T* fill, T* dense, cudaStream_t stream);
+
 }  // namespace s3d::cuda

@@ -83,4 +83,43 @@ void norm_grad_input(const SampleRows& rows, const T* grad, const T* x, const fl
 template <typename T>
 void channel_sums(const SampleRows& rows, const T* x, float* partial, T* sums, int channels, cudaStream_t stream);
 
+// ---- table.cu. index: [rows, 4], (n, gd, gh, gw) of each stored block, 16-byte aligned.
+
+// cells: [batch, grid], the row of the block that is stored there, -1: none.
+void cell_rows(const int32_t* index, int64_t rows, int64_t batch, const Triple& grid, int32_t* cells,
+               cudaStream_t stream);
+
+// table: [rows, prod(2 * radius + 1)] as in Window, from the index of the written blocks and the cells of the gathered.
+void neighbour_table(const int32_t* index, int64_t rows, const int32_t* cells, const Triple& grid,
+                     const Triple& radius, int32_t* table, cudaStream_t stream);
+
+// reverse: [reverse_rows, columns], the table of the opposite direction, as s3d::reverse_table makes it on the host.
+void reverse_table(const int32_t* table, int64_t rows, int64_t columns, int64_t reverse_rows, int32_t* reverse,
+                   cudaStream_t stream);
+
+// ---- blocks.cu
+
+struct DenseVolume {
+  int batch, channels;
+  Triple shape;
+  int64_t strides[5];  // elements, of [N, C, D, H, W]
+};
+
+struct BlockRows {
+  const int32_t* index;   // as in table.cu
+  const uint8_t* voxels;  // [rows, block] on the device, or null: all visible
+  Triple block;
+  int64_t rows;
+};
+
+// Zeros at masked voxels and beyond the volume. Bits are moved as they are.
+template <typename T>
+void gather_blocks(const BlockRows& rows, const DenseVolume& volume, const T* dense, T* blocks, cudaStream_t stream);
+
+// cells: of the same blocks (cell_rows), on the grid that covers the volume. fill: [channels], for all that is not
+// visible, or null for zeros. Of `rows` the index is not needed.
+template <typename T>
+void scatter_blocks(const BlockRows& rows, const DenseVolume& volume, const int32_t* cells, const T* blocks,
+                    const T* fill, T* dense, cudaStream_t stream);
+
 }  // namespace s3d::cuda

@@ -8,15 +8,16 @@
 //
 // Layouts   x, y, residual, grad, before [voxels, C], channels last; tables [samples, C] in float.
 // Work      Each sample is cut into parts of its voxels, by the problem alone. A block of 256 threads makes 32 channels
-//           of one part; a thread has 16 bytes of channels of every 64th (16 bits) or 32nd (float) voxel, or one channel
-//           of every 8th where rows are no whole 16 bytes. Blocks side by side have neighbouring channels.
+//           of one part; a thread has 16 bytes of channels of every 64th (16 bits) or 32nd (float) voxel, or one
+//           channel of every 8th where rows are no whole 16 bytes. Blocks side by side have neighbouring channels.
 // Sums      A thread's in float, Welford's method for moments; those of a warp by shuffles, those of the block's warps
 //           in their order; then the parts in double by a second kernel, 16 warps for 32 channels of a sample. Moments
 //           are merged as Chan, Golub and LeVeque (1979). The problem alone fixes the order: always the same bits.
 //           Where a result needs sums it takes two launches, else one.
 // Memory    Shared: 8 warps * 32 channels * 2 sums; in the second kernel 16 warps in double, 12 KiB at most.
 //           Masked voxels are not read.
-// Limits    A part has fewer than 2^24 voxels, so that float counts them. Of C = 1, 2, 3 a block uses 1, 2, 3 of 32 lanes.
+// Limits    A part has fewer than 2^24 voxels, so that float counts them. Of C = 1, 2, 3 a block uses 1, 2, 3 lanes of
+//           32.
 // Expected  Bound by memory: each tensor is read or written once; grad_sums reads two or three and writes one. Not
 //           measured yet.
 #include <algorithm>

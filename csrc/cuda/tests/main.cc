@@ -6,6 +6,8 @@
 
 int main() {
   try {
+    s3d::cuda::test::test_table();
+    s3d::cuda::test::test_blocks();
     s3d::cuda::test::test_norm();
     s3d::cuda::test::test_conv3d();
   } catch (const std::exception& error) {

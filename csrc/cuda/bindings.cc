@@ -205,6 +205,63 @@ void norm_grad_input(TensorView grad, TensorView x, TensorView mean, TensorView 
   });
 }
 
+// ---- dense <-> blocks
+
+// Rows (n, gd, gh, gw), which kernels read 16 bytes at a time.
+const int32_t* index_of(const TensorView& index, const char* name, int64_t rows) {
+  const int32_t* const all = data<int32_t>(index, name, {rows, 4});
+  if (reinterpret_cast<uintptr_t>(all) % 16 != 0) TVM_FFI_THROW(ValueError) << name << " must be aligned to 16 bytes";
+  return all;
+}
+
+BlockRows block_rows_of(const TensorView& blocks, const TensorView& index, const MaybeTensor& voxels) {
+  const Triple b = block_of(blocks);
+  const int64_t rows = blocks.size(0);
+  return {index_of(index, "index", rows), data<uint8_t>(voxels, "voxels", {rows, b.d, b.h, b.w}), b, rows};
+}
+
+// The volume [N, C, D, H, W] of any strides.
+void gather_blocks(TensorView dense, TensorView index, MaybeTensor voxels, TensorView blocks, int64_t) {
+  const OnDeviceOf device(dense);
+  guarded([&] {
+    last_size(dense, "dense");
+    const BlockRows rows = block_rows_of(blocks, index, voxels);
+    const int64_t channels = dense.size(1);
+    DenseVolume volume = {checked_int(dense.size(0), "batch"), checked_int(channels, "channels"),
+                          {dense.size(2), dense.size(3), dense.size(4)}, {}};
+    for (int i = 0; i < 5; ++i) volume.strides[i] = dense.strides()[i];
+    by_dtype(dense, "dense", [&](auto t) {
+      using T = decltype(t);
+      const Triple b = rows.block;
+      s3d::cuda::gather_blocks<T>(rows, volume, strided_data<T>(dense, "dense"),
+                                  data<T>(blocks, "blocks", {rows.rows, b.d, b.h, b.w, channels}), device.stream());
+    });
+  });
+}
+
+// dense: [N, D, H, W, C].
+void scatter_blocks(TensorView blocks, TensorView fill, TensorView index, MaybeTensor voxels, TensorView dense,
+                    int64_t) {
+  const OnDeviceOf device(blocks);
+  guarded([&] {
+    const BlockRows rows = block_rows_of(blocks, index, voxels);
+    const int64_t batch = dense.size(0), channels = last_size(dense, "dense");
+    const Triple b = rows.block, shape = {dense.size(1), dense.size(2), dense.size(3)}, grid = grid_of(shape, b);
+    const DenseVolume volume = {checked_int(batch, "batch"), checked_int(channels, "channels"), shape,
+                                {shape.volume() * channels, 1, shape.h * shape.w * channels, shape.w * channels,
+                                 channels}};
+    by_dtype(blocks, "blocks", [&](auto t) {
+      using T = decltype(t);
+      const T* const from = data<T>(blocks, "blocks", {rows.rows, b.d, b.h, b.w, channels});
+      const T* const elsewhere = data<T>(fill, "fill", {channels});
+      T* const to = data<T>(dense, "dense", {batch, shape.d, shape.h, shape.w, channels});
+      const Scratch<int32_t> cells(batch * grid.volume());
+      cell_rows(rows.index, rows.rows, batch, grid, cells.data(), device.stream());
+      s3d::cuda::scatter_blocks<T>(rows, volume, cells.data(), from, elsewhere, to, device.stream());
+    });
+  });
+}
+
 // ---- the library itself
 
 // Of the files that this was compiled from, see setup.py.
@@ -229,6 +286,8 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_statistics, norm_statistics);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_apply, norm_apply);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_grad_sums, norm_grad_sums);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_grad_input, norm_grad_input);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather_blocks, gather_blocks);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(scatter_blocks, scatter_blocks);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sources, sources);
 #ifdef S3D_EMULATOR
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_seed, use_seed);

@@ -8,11 +8,11 @@
 //           a voxel's place by index, scatter a place's block by cells.
 // Work      A block of 256 threads moves some consecutive voxels of what is written (gather: of the blocks, scatter: of
 //           the volume, W fastest): 32 of 32 channels or more, 64 of 16, ... 1024 of one channel. First a thread finds
-//           where a voxel is read and written, then all move its channels, neighbours along channels if they are
-//           neighbours on both sides, 16 bytes at a time if they can be. Else through shared memory, 1024 numbers at a
-//           time, so that warps run along the channels of the blocks and along the voxels of the volume.
-// Memory    Shared: places 2 * 1024 * 8 bytes; for the turn 1056 numbers, padded so that both ways of going through them
-//           are free of bank conflicts.
+//           where a voxel is read and written, then all move its channels: straight where they are neighbours on
+//           both sides, 16 bytes at a time if possible, else through shared memory, 1024 numbers at a time, so that
+//           warps run along the channels of the blocks and along the voxels of the volume.
+// Memory    Shared: places 2 * 1024 * 8 bytes; for the turn 1056 numbers, padded so that neither way of going through
+//           them has bank conflicts.
 // Numbers   Moved as bits of 2, 4 or 16 bytes, whatever they mean.
 // Limits    Fewer than 2^31 blocks of threads. Dense strides as of a transposed view are read and written one by one.
 // Expected  Bound by memory: what is visible is read once, the result written once. Not measured yet.

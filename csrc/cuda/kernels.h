@@ -122,4 +122,28 @@ template <typename T>
 void scatter_blocks(const BlockRows& rows, const DenseVolume& volume, const int32_t* cells, const T* blocks,
                     const T* fill, T* dense, cudaStream_t stream);
 
+// ---- pool.cu. Masked voxels count as zeros; outside the volume the average sees zeros and the maximum nothing.
+
+struct PoolOutputs {
+  const int32_t* index;  // of the blocks of outputs, as in table.cu
+  Triple volume;         // of the inputs
+};
+
+// divisor 0: the voxels of a window that lie in the volume.
+template <typename T>
+void pool_average(const Window& window, const PoolOutputs& outputs, const T* in, T* out, int channels, int divisor,
+                  cudaStream_t stream);
+template <typename T>
+void pool_average_grad(const Window& transposed, const PoolOutputs& outputs, const T* grad, T* grad_in, int channels,
+                       int divisor, cudaStream_t stream);
+
+// winners [outputs, channels]: the tap at which each maximum lies, the first of equal ones, as in torch, and -1 for a
+// masked voxel's zero. out or winners may be null.
+template <typename T>
+void pool_maximum(const Window& window, const PoolOutputs& outputs, const T* in, T* out, int16_t* winners,
+                  int channels, cudaStream_t stream);
+template <typename T>
+void pool_maximum_grad(const Window& transposed, const int16_t* winners, const T* grad, T* grad_in, int channels,
+                       cudaStream_t stream);
+
 }  // namespace s3d::cuda

@@ -9,6 +9,7 @@ int main() {
     s3d::cuda::test::test_table();
     s3d::cuda::test::test_blocks();
     s3d::cuda::test::test_norm();
+    s3d::cuda::test::test_pool();
     s3d::cuda::test::test_conv3d();
   } catch (const std::exception& error) {
     std::printf("not expected: %s\n", error.what());

@@ -262,6 +262,55 @@ void scatter_blocks(TensorView blocks, TensorView fill, TensorView index, MaybeT
   });
 }
 
+// ---- pooling
+
+void pool3d(TensorView x, MaybeTensor source_voxels, TensorView target_index, MaybeTensor target_voxels,
+            TensorView table, Array<int64_t> sizes, bool maximum, int64_t divisor, TensorView y, int64_t) {
+  const OnDeviceOf device(x);
+  guarded([&] {
+    const Geometry g(x.size(0), y.size(0), source_voxels, target_voxels, table, sizes);
+    const int channels = checked_int(last_size(x, "x"), "channels");
+    const PoolOutputs outputs = {index_of(target_index, "target_index", g.forward.written_rows), g.shape};
+    by_dtype(x, "x", [&](auto t) {
+      using T = decltype(t);
+      const T* const in = g.source<T>(x, "x", channels);
+      T* const out = g.target<T>(y, "y", channels);
+      if (maximum) {
+        pool_maximum<T>(g.forward, outputs, in, out, nullptr, channels, device.stream());
+      } else {
+        pool_average<T>(g.forward, outputs, in, out, channels, checked_int(divisor, "divisor"), device.stream());
+      }
+    });
+  });
+}
+
+// With x it is the gradient of the maximum, without that of the average.
+void pool3d_grad(TensorView grad, MaybeTensor x, MaybeTensor source_voxels, TensorView target_index,
+                 MaybeTensor target_voxels, TensorView table, Array<int64_t> sizes, int64_t divisor, TensorView grad_x,
+                 int64_t) {
+  const OnDeviceOf device(grad);
+  guarded([&] {
+    const Geometry g(grad_x.size(0), grad.size(0), source_voxels, target_voxels, table, sizes);
+    const int channels = checked_int(last_size(grad, "grad"), "channels");
+    const PoolOutputs outputs = {index_of(target_index, "target_index", g.forward.written_rows), g.shape};
+    by_dtype(grad, "grad", [&](auto t) {
+      using T = decltype(t);
+      const T* const from = g.target<T>(grad, "grad", channels);
+      T* const to = g.source<T>(grad_x, "grad_x", channels);
+      const Reversed back(g, device.stream());
+      if (!x.has_value()) {
+        pool_average_grad<T>(back.window, outputs, from, to, channels, checked_int(divisor, "divisor"),
+                             device.stream());
+        return;
+      }
+      const T* const in = g.source<T>(x.value(), "x", channels);
+      const Scratch<int16_t> winners(g.forward.written_rows * g.forward.written_block.volume() * channels);
+      pool_maximum<T>(g.forward, outputs, in, static_cast<T*>(nullptr), winners.data(), channels, device.stream());
+      pool_maximum_grad<T>(back.window, winners.data(), from, to, channels, device.stream());
+    });
+  });
+}
+
 // ---- the library itself
 
 // Of the files that this was compiled from, see setup.py.
@@ -282,6 +331,8 @@ Array<String> take_launches() {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d, conv3d);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_input, conv3d_grad_input);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_weight, conv3d_grad_weight);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool3d, pool3d);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool3d_grad, pool3d_grad);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_statistics, norm_statistics);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_apply, norm_apply);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_grad_sums, norm_grad_sums);

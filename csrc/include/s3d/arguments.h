@@ -38,6 +38,8 @@ inline constexpr DLDataType kElement<double> = {kDLFloat, 64, 1};
 template <>
 inline constexpr DLDataType kElement<int32_t> = {kDLInt, 32, 1};
 template <>
+inline constexpr DLDataType kElement<int16_t> = {kDLInt, 16, 1};
+template <>
 inline constexpr DLDataType kElement<uint8_t> = {kDLUInt, 8, 1};
 
 template <typename T>

@@ -46,7 +46,14 @@ void convolve(const Window& window, const ConvChannels& channels, Math math, con
               const T* bias, T* written, cudaStream_t stream) {
   const Scratch<T> packed(conv3d_packed_elements<T>(window, channels));
   conv3d_pack_weight<T>(window, channels, math, weight, packed.data(), stream);
-  conv3d_gather<T>(window, channels, math, gathered, packed.data(), bias, written, stream);
+  if (conv3d_halo_applies(window, channels)) {
+    conv3d_halo<T>(window, channels, math, gathered, packed.data(), bias, written, stream);
+  } else if (conv3d_pairs_applies(window, channels)) {
+    const Scratch<float> partial(conv3d_pairs_partial_sums<T>(window, channels));
+    conv3d_pairs<T>(window, channels, math, gathered, packed.data(), bias, partial.data(), written, stream);
+  } else {
+    conv3d_gather<T>(window, channels, math, gathered, packed.data(), bias, written, stream);
+  }
 }
 
 void conv3d(TensorView x, TensorView weight, MaybeTensor bias, MaybeTensor source_voxels, MaybeTensor target_voxels,

@@ -6,9 +6,7 @@
 // gradient of the input: any kernel size, stride and grouping.
 //
 // Layouts   gathered [voxels, groups * K], written [voxels, groups * N], channels last. The weight is packed beforehand
-//           as [group, N / kTileN, tap, K / kTileK, kTileN, kTileK] with zeros beyond K and N, so that a step's weights
-//           are one run of memory. Its columns are permuted (channel_of_column) so that a lane's sums are 8
-//           neighbouring channels, which it stores at once.
+//           (product.cuh).
 // Work      A block of 4 warps makes kTileM = 128 consecutive voxels x kTileN channels of one group; a warp 32 voxels
 //           (two fragments of 16 rows) x kTileN. A thread finds the sources of one voxel under up to 32 taps; votes
 //           tell which fragments have a pair. A step is one tap x kTileK channels (64 bytes). Taps without a pair in
@@ -32,6 +30,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/product.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/window.cuh"
 
@@ -43,146 +42,17 @@ struct GatherTraits {
   static constexpr int kWarps = 4, kStages = 3;
   static constexpr int kFragments = 2;  // of 16 rows, of a warp
   static constexpr int kTileM = 16 * kFragments * kWarps, kTileN = kColumns;
-  static constexpr int kChunks = 4;  // of a row in a stage
-  static constexpr int kTileK = kChunk<T> * kChunks;
   static constexpr int kTapsAtOnce = 32;  // a bit each
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlocks = 3;  // on an SM, for which there must be registers
-  static constexpr int kStageElements = (kTileM + kTileN) * kTileK;
+  static constexpr int kStageElements = (kTileM + kTileN) * kTileK<T>;
   static constexpr int kStagesBytes = kStages * kStageElements * static_cast<int>(sizeof(T));
   static constexpr int kSharedBytes = kStagesBytes + kTapsAtOnce * kTileM * 4;
   static_assert(kTileM == kThreads, "a thread finds the sources of one voxel");
 };
 
-// One product of a group: [written voxels, K] times [K, N].
-struct Product {
-  int taps, groups, k, n;
-  bool transposed;
-  int k_steps, n_tiles;
-  int tile_n;
-};
-
-template <typename T>
-Product product_of(const Window& window, const ConvChannels& channels) {
-  const int in = channels.in / channels.groups, out = channels.out / channels.groups;
-  const int k = window.transposed ? out : in, n = window.transposed ? in : out;
-  constexpr int kTileK = GatherTraits<T, 64>::kTileK;
-  const int tile_n = n <= 32 ? 32 : 64;
-  const int k_steps = (k + kTileK - 1) / kTileK, n_tiles = (n + tile_n - 1) / tile_n;
-  return {static_cast<int>(window.taps()), channels.groups, k, n, window.transposed, k_steps, n_tiles, tile_n};
-}
-
-// Eight consecutive rows of 64 bytes have the same chunk in eight different groups of four banks.
-template <typename T>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return (row * 4 + (chunk ^ (row >> 1 & 3))) * kChunk<T>;
-}
-
-// In `sums` lane 4 g + t has columns 8 j + 2 t + e, which are to be channels 32 (j / 4) + 8 t + 2 (j % 4) + e.
-__device__ __forceinline__ int channel_of_column(int column) {
-  return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(256)
-    conv3d_pack_weight_kernel(Global<const T> weight, Global<T> packed, Product product, bool round_to_tf32) {
-  constexpr int kTileK = GatherTraits<T, 64>::kTileK;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  int64_t rest = i / kTileK;
-  const int column = static_cast<int>(rest % product.tile_n);
-  rest /= product.tile_n;
-  const int k = static_cast<int>(rest % product.k_steps) * kTileK + static_cast<int>(i % kTileK);
-  rest /= product.k_steps;
-  const int tap = static_cast<int>(rest % product.taps);
-  rest /= product.taps;
-  const int n = static_cast<int>(rest % product.n_tiles) * product.tile_n + channel_of_column(column);
-  const int64_t group = rest / product.n_tiles;
-  if (group >= product.groups) return;
-  T value = from_float<T>(0.0f);
-  if (k < product.k && n < product.n) {
-    // [out, in / groups, taps], and the written channels are the outputs or the inputs.
-    const int64_t row = product.transposed ? (group * product.k + k) * product.n + n
-                                           : (group * product.n + n) * product.k + k;
-    value = weight[row * product.taps + tap];
-  }
-  if constexpr (sizeof(T) == 4) {
-    if (round_to_tf32) value = __uint_as_float(to_tf32(value));
-  }
-  packed[i] = value;
-}
-
-// What comes next: channels k_step of the lowest of `taps`.
-struct Step {
-  uint32_t taps;
-  int k_step;
-  __device__ int tap() const { return __ffs(static_cast<int>(taps)) - 1; }
-  __device__ void advance(int k_steps) {
-    if (++k_step < k_steps) return;
-    k_step = 0;
-    taps &= taps - 1;
-  }
-};
-
 __device__ __forceinline__ bool fragment_has(uint32_t rows, int fragment) {
   return (rows >> 16 * fragment & 0xFFFF) != 0;
-}
-
-// sums += rows * columns, for the warp's fragments that have a pair: `pairs` has a bit for each of its 32 rows.
-template <typename T, Math kMath, int kFragments, int kColumns>
-__device__ __forceinline__ void multiply(Shared<T> rows, Shared<T> columns, int first_row, uint32_t pairs,
-                                         float (&sums)[kFragments][kColumns / 8][4]) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (kMath == Math::kExact) {
-    static_assert(sizeof(T) == 4, "of float");
-#pragma unroll 1
-    for (int chunk = 0; chunk < 4; ++chunk) {
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-        if (!fragment_has(pairs, m)) continue;
-        const int row = first_row + m * 16 + lane / 4;
-        const float4 low = load<float4>(rows + swizzled<T>(row, chunk));
-        const float4 high = load<float4>(rows + swizzled<T>(row + 8, chunk));
-#pragma unroll
-        for (int i = 0; i < kColumns / 4; ++i) {
-          const float4 b = load<float4>(columns + swizzled<T>(i / 2 * 8 + lane % 4 * 2 + i % 2, chunk));
-          float& first = sums[m][i / 2][i % 2];
-          first += low.x * b.x;
-          first += low.y * b.y;
-          first += low.z * b.z;
-          first += low.w * b.w;
-          float& second = sums[m][i / 2][2 + i % 2];
-          second += high.x * b.x;
-          second += high.y * b.y;
-          second += high.z * b.z;
-          second += high.w * b.w;
-        }
-      }
-    }
-  } else {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // mma takes 32 bytes of a row
-      uint32_t b[kColumns / 8][2];
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; j += 2) {
-        uint32_t pair[4];
-        ldmatrix(pair, columns + swizzled<T>(j * 8 + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) b[j + i / 2][i % 2] = pair[i];
-      }
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-        if (!fragment_has(pairs, m)) continue;
-        uint32_t a[4];
-        ldmatrix(a, rows + swizzled<T>(first_row + m * 16 + lane % 16, half * 2 + lane / 16));
-        if constexpr (sizeof(T) == 4) {  // the weights were rounded when they were packed
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a[i] = to_tf32(__uint_as_float(a[i]));
-        }
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; ++j) mma<T>(sums[m][j], a, b[j]);
-      }
-    }
-  }
 }
 
 template <typename T, Math kMath, int kColumns>
@@ -190,7 +60,7 @@ __global__ void __launch_bounds__(GatherTraits<T, kColumns>::kThreads, GatherTra
     conv3d_gather_kernel(WindowView window, Product product, Global<const T> gathered, Global<const T> packed,
                          Global<const T> bias, Global<T> written, bool whole_gathered, bool whole_written) {
   using Traits = GatherTraits<T, kColumns>;
-  constexpr int kStages = Traits::kStages, kTileM = Traits::kTileM, kTileK = Traits::kTileK;
+  constexpr int kStages = Traits::kStages, kTileM = Traits::kTileM;
   constexpr uint32_t kAll = 0xFFFFFFFF;
   const Shared<T> stages = dynamic_shared<T>(0, kStages * Traits::kStageElements);
   const Shared<int> sources = dynamic_shared<int>(Traits::kStagesBytes, Traits::kTapsAtOnce * kTileM);
@@ -199,13 +69,13 @@ __global__ void __launch_bounds__(GatherTraits<T, kColumns>::kThreads, GatherTra
   const int group = blockIdx.y / product.n_tiles, n_first = blockIdx.y % product.n_tiles * kColumns;
   const int64_t gathered_channels = static_cast<int64_t>(product.groups) * product.k;
   gathered += static_cast<int64_t>(group) * product.k;
-  packed += static_cast<int64_t>(blockIdx.y) * product.taps * product.k_steps * (kColumns * kTileK);
+  packed += static_cast<int64_t>(blockIdx.y) * product.taps * product.k_steps * (kColumns * kTileK<T>);
 
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileM, voxel = first + threadIdx.x;
   bool visible = voxel < window.written_voxels_count;
   if (visible && window.written_voxels != nullptr) visible = window.written_voxels[voxel] != 0;
   const uint32_t visible_rows = __ballot_sync(kAll, visible);
-  const VoxelPlace place = place_of(window, visible ? static_cast<int>(voxel) : 0);
+  const VoxelPlace at = place_of(window, visible ? static_cast<int>(voxel) : 0);
 
   float sums[Traits::kFragments][kColumns / 8][4] = {};
   for (int tap_begin = 0; tap_begin < product.taps; tap_begin += Traits::kTapsAtOnce) {
@@ -213,7 +83,7 @@ __global__ void __launch_bounds__(GatherTraits<T, kColumns>::kThreads, GatherTra
     const int taps = min(Traits::kTapsAtOnce, product.taps - tap_begin);
     uint32_t pairs_of_tap = 0;  // lane i: which of the warp's rows have a source under tap i
     for (int i = 0; i < taps; ++i) {
-      const int source = visible ? source_of(window, place, tap_of(window, tap_begin + i)) : -1;
+      const int source = visible ? source_of(window, at, tap_of(window, tap_begin + i)) : -1;
       sources[i * kTileM + threadIdx.x] = source;
       const uint32_t pairs = __ballot_sync(kAll, source >= 0);
       if (lane == i) pairs_of_tap = pairs;
@@ -230,7 +100,7 @@ __global__ void __launch_bounds__(GatherTraits<T, kColumns>::kThreads, GatherTra
       const int tap = from.tap();
       const uint32_t pairs = __shfl_sync(kAll, pairs_of_tap, tap);
       const Shared<T> rows = stages + stage * Traits::kStageElements;
-      const int chunk = lane % 4, k = from.k_step * kTileK + chunk * kChunk<T>;
+      const int chunk = lane % 4, k = from.k_step * kTileK<T> + chunk * kChunk<T>;
 #pragma unroll
       for (int i = 0; i < 32; i += 8) {
         if (!fragment_has(pairs, i / 16)) continue;
@@ -239,12 +109,8 @@ __global__ void __launch_bounds__(GatherTraits<T, kColumns>::kThreads, GatherTra
         copy_chunk<T>(rows + swizzled<T>(row, chunk), gathered, source * gathered_channels + k,
                       source < 0 ? 0 : product.k - k, whole_gathered);
       }
-      const int64_t tile = static_cast<int64_t>(tap_begin + tap) * product.k_steps + from.k_step;
-      const Global<const T> weights = packed + tile * (kColumns * kTileK);
-#pragma unroll
-      for (int i = threadIdx.x; i < kColumns * Traits::kChunks; i += Traits::kThreads) {
-        cp_async<16>(rows + kTileM * kTileK + swizzled<T>(i / 4, i % 4), weights + i * kChunk<T>);
-      }
+      copy_weights<T, kColumns, Traits::kThreads>(rows + kTileM * kTileK<T>, packed, product, tap_begin + tap,
+                                                  from.k_step);
     };
 
     Step next = step;
@@ -262,38 +128,23 @@ __global__ void __launch_bounds__(GatherTraits<T, kColumns>::kThreads, GatherTra
       const uint32_t pairs = __shfl_sync(kAll, pairs_of_tap, step.tap());
       const Shared<T> rows = stages + i % kStages * Traits::kStageElements;
       if (pairs != 0) {
-        multiply<T, kMath, Traits::kFragments, kColumns>(rows, rows + kTileM * kTileK, warp_row, pairs, sums);
+        const auto row_of = [&](int m, int row, int chunk) {
+          return rows + swizzled<T>(warp_row + m * 16 + row, chunk);
+        };
+        const uint32_t fragments = (fragment_has(pairs, 0) ? 1 : 0) | (fragment_has(pairs, 1) ? 2 : 0);
+        multiply<T, kMath, Traits::kFragments, kColumns>(row_of, rows + kTileM * kTileK<T>, fragments, sums);
       }
       step.advance(product.k_steps);
     }
     __syncthreads();  // for the next taps
   }
 
-  const int64_t written_channels = static_cast<int64_t>(product.groups) * product.n;
-#pragma unroll
-  for (int q = 0; q < kColumns / 32; ++q) {
-    const int n = n_first + q * 32 + lane % 4 * 8, channel = group * product.n + n;
-    float start[8] = {};
-    if (bias != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (n + i < product.n) start[i] = to_float(static_cast<T>(bias[channel + i]));
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2 * Traits::kFragments; ++half) {
-      const int row = half * 8 + lane / 4;
-      const int64_t to = first + warp_row + row;
-      if (to >= window.written_voxels_count) continue;
-      const bool shown = visible_rows >> row & 1;
-      float values[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        values[i] = shown ? sums[half / 2][q * 4 + i / 2][half % 2 * 2 + i % 2] + start[i] : 0.0f;
-      }
-      store_values<8, T>(written + to * written_channels + channel, values, product.n - n, whole_written);
-    }
-  }
+  const auto place = [&](int row) {
+    const int64_t to = first + warp_row + row;
+    const bool exists = to < window.written_voxels_count;
+    return WrittenRow{exists ? static_cast<int>(to) : -1, (visible_rows >> row & 1) != 0};
+  };
+  store_sums<T, Traits::kFragments, kColumns>(sums, product, group, n_first, bias, written, whole_written, place);
 }
 
 template <typename T, Math kMath, int kColumns>
@@ -312,21 +163,6 @@ void gather(const Window& window, const Product& product, const T* gathered, con
 }  // namespace
 
 template <typename T>
-int64_t conv3d_packed_elements(const Window& window, const ConvChannels& channels) {
-  const Product product = product_of<T>(window, channels);
-  return int64_t{product.groups} * product.n_tiles * product.taps * product.k_steps * product.tile_n *
-         GatherTraits<T, 64>::kTileK;
-}
-
-template <typename T>
-void conv3d_pack_weight(const Window& window, const ConvChannels& channels, Math math, const T* weight, T* packed,
-                        cudaStream_t stream) {
-  const int64_t elements = conv3d_packed_elements<T>(window, channels);
-  launch("conv3d_pack_weight", conv3d_pack_weight_kernel<T>, static_cast<unsigned>((elements + 255) / 256), 256, 0,
-         stream, weight, packed, product_of<T>(window, channels), math == Math::kTensorCores);
-}
-
-template <typename T>
 void conv3d_gather(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
                    const T* bias, T* written, cudaStream_t stream) {
   const Product product = product_of<T>(window, channels);
@@ -340,8 +176,6 @@ void conv3d_gather(const Window& window, const ConvChannels& channels, Math math
 }
 
 #define S3D_INSTANTIATE(T)                                                                                   \
-  template int64_t conv3d_packed_elements<T>(const Window&, const ConvChannels&);                            \
-  template void conv3d_pack_weight<T>(const Window&, const ConvChannels&, Math, const T*, T*, cudaStream_t); \
   template void conv3d_gather<T>(const Window&, const ConvChannels&, Math, const T*, const T*, const T*, T*, \
                                  cudaStream_t);
 S3D_INSTANTIATE(float)

@@ -15,9 +15,9 @@ struct ConvChannels {
   int in, out, groups;  // of the forward direction
 };
 
-// ---- conv3d_gather.cu. Pointers in a Window are to device memory.
+// ---- conv3d_pack.cu. Pointers in a Window are to device memory.
 
-// Elements of the packed weight, 16-byte aligned, that conv3d_gather takes.
+// Elements of the packed weight, 16-byte aligned, that conv3d_gather and conv3d_halo take.
 template <typename T>
 int64_t conv3d_packed_elements(const Window& window, const ConvChannels& channels);
 
@@ -26,11 +26,38 @@ template <typename T>
 void conv3d_pack_weight(const Window& window, const ConvChannels& channels, Math math, const T* weight, T* packed,
                         cudaStream_t stream);
 
+// ---- conv3d_gather.cu: any kernel, stride and block.
+
 // Forward: gathered has `in` channels, written `out`; window.transposed (gradient of the input): the reverse. bias:
 // [written channels] or null.
 template <typename T>
 void conv3d_gather(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
                    const T* bias, T* written, cudaStream_t stream);
+
+// ---- conv3d_halo.cu: the same results with less traffic, for stride 1, kernel sides 1 and 3 with their padding, and
+// block sides divisible by 4.
+
+// Whether conv3d_halo can compute it.
+bool conv3d_halo_applies(const Window& window, const ConvChannels& channels);
+
+// As conv3d_gather.
+template <typename T>
+void conv3d_halo(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
+                 const T* bias, T* written, cudaStream_t stream);
+
+// ---- conv3d_pairs.cu: the same results with less work for blocks with a side below 4.
+
+// Whether conv3d_pairs is the better choice.
+bool conv3d_pairs_applies(const Window& window, const ConvChannels& channels);
+
+// Floats that conv3d_pairs needs to work with, possibly none.
+template <typename T>
+int64_t conv3d_pairs_partial_sums(const Window& window, const ConvChannels& channels);
+
+// As conv3d_gather.
+template <typename T>
+void conv3d_pairs(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
+                  const T* bias, float* partial, T* written, cudaStream_t stream);
 
 // ---- conv3d_grad_weight.cu
 

@@ -67,16 +67,19 @@ __device__ __forceinline__ void for_each_tap(const WindowView& window, const Vox
   const Global<const int32_t> table = window.table + int64_t{at.row} * window.columns;
 #pragma unroll 1
   for (int td = 0; td < window.d.kernel; ++td) {
-    int block_d, d;
-    if (!locate(window.d, window.transposed, at.d, td, block_d, d)) continue;
+    int d;
+    if (!locate(window.d, window.transposed, at.d, td, d)) continue;
+    const int block_d = neighbour_at(window.d, d);
 #pragma unroll 1
     for (int th = 0; th < window.h.kernel; ++th) {
-      int block_h, h;
-      if (!locate(window.h, window.transposed, at.h, th, block_h, h)) continue;
+      int h;
+      if (!locate(window.h, window.transposed, at.h, th, h)) continue;
+      const int block_h = neighbour_at(window.h, h);
 #pragma unroll 1
       for (int tw = 0; tw < window.w.kernel; ++tw) {
-        int block_w, w;
-        if (!locate(window.w, window.transposed, at.w, tw, block_w, w)) continue;
+        int w;
+        if (!locate(window.w, window.transposed, at.w, tw, w)) continue;
+        const int block_w = neighbour_at(window.w, w);
         const int row = table[(block_d * span_h + block_h) * span_w + block_w];
         int voxel = -1;
         if (row >= 0) {

@@ -59,9 +59,32 @@ __device__ __forceinline__ Tap tap_of(const WindowView& window, int tap) {
   return {line / window.h.kernel, line % window.h.kernel, tap % window.w.kernel};
 }
 
-// Which neighbour (0 ... 2 * radius) and which coordinate in it. False: no input, between the steps of a stride.
-__device__ __forceinline__ bool locate(const WindowAxis& axis, bool transposed, int written, int tap, int& block,
-                                       int& local) {
+// Which neighbour (0 ... 2 * radius) holds a coordinate counted from the beginning of a block, which becomes the
+// coordinate in that neighbour. At most `radius` rounds, and mostly none, where a division would take twenty
+// instructions.
+__device__ __forceinline__ int neighbour_at(const WindowAxis& axis, int& local) {
+  int block = axis.radius;
+  for (; local < 0; local += axis.gathered_side) --block;
+  for (; local >= axis.gathered_side; local -= axis.gathered_side) ++block;
+  return block;
+}
+
+// The gathered voxel at coordinates counted from the beginning of the gathered block in the place of written block
+// `row`, or -1.
+__device__ __forceinline__ int voxel_at(const WindowView& window, int row, int d, int h, int w) {
+  const int block_d = neighbour_at(window.d, d), block_h = neighbour_at(window.h, h);
+  const int block_w = neighbour_at(window.w, w);
+  const int column = (block_d * (2 * window.h.radius + 1) + block_h) * (2 * window.w.radius + 1) + block_w;
+  const int found = window.table[static_cast<int64_t>(row) * window.columns + column];
+  if (found < 0) return -1;
+  const int voxel = ((found * window.d.gathered_side + d) * window.h.gathered_side + h) * window.w.gathered_side + w;
+  if (window.gathered_voxels != nullptr && window.gathered_voxels[voxel] == 0) return -1;
+  return voxel;
+}
+
+// The gathered coordinate under a tap, counted from the beginning of the block. False: none, between the steps of a
+// stride.
+__device__ __forceinline__ bool locate(const WindowAxis& axis, bool transposed, int written, int tap, int& local) {
   local = written * axis.stride - axis.padding + tap;
   if (transposed) {
     local = written + axis.padding - tap;
@@ -70,27 +93,16 @@ __device__ __forceinline__ bool locate(const WindowAxis& axis, bool transposed, 
       local /= axis.stride;
     }
   }
-  // At most `radius` rounds, and mostly none, where a division would take twenty instructions.
-  block = axis.radius;
-  for (; local < 0; local += axis.gathered_side) --block;
-  for (; local >= axis.gathered_side; local -= axis.gathered_side) ++block;
   return true;
 }
 
 // The gathered voxel under `tap`, or -1.
 __device__ __forceinline__ int source_of(const WindowView& window, const VoxelPlace& at, const Tap& tap) {
-  int block_d, block_h, block_w, d, h, w;
-  const bool exists = locate(window.d, window.transposed, at.d, tap.d, block_d, d) &&
-                      locate(window.h, window.transposed, at.h, tap.h, block_h, h) &&
-                      locate(window.w, window.transposed, at.w, tap.w, block_w, w);
-  if (!exists) return -1;
-  const int column = (block_d * (2 * window.h.radius + 1) + block_h) * (2 * window.w.radius + 1) + block_w;
-  const int row = window.table[static_cast<int64_t>(at.row) * window.columns + column];
-  if (row < 0) return -1;
-  const int voxel =
-      ((row * window.d.gathered_side + d) * window.h.gathered_side + h) * window.w.gathered_side + w;
-  if (window.gathered_voxels != nullptr && window.gathered_voxels[voxel] == 0) return -1;
-  return voxel;
+  int d, h, w;
+  const bool exists = locate(window.d, window.transposed, at.d, tap.d, d) &&
+                      locate(window.h, window.transposed, at.h, tap.h, h) &&
+                      locate(window.w, window.transposed, at.w, tap.w, w);
+  return exists ? voxel_at(window, at.row, d, h, w) : -1;
 }
 
 }  // namespace s3d::cuda

@@ -1,0 +1,360 @@
+// Convolution of blocks of side 4 and more: a tile's input and what surrounds it, its halo, is brought to shared memory
+// once and serves all taps. Computes what conv3d_gather does, for stride 1, kernel sides 1 and 3 (not all 1) with
+// padding (side - 1) / 2, and block sides divisible by 4; forward, and with a transposed window the gradient of the
+// input.
+//
+// Layouts   gathered [voxels, groups * K], written [voxels, groups * N], channels last; packed weight: product.cuh.
+//           In shared memory a slot is 64 bytes of channels of one voxel of the halo, zeros where there is none; slots
+//           lie [plane, cuboid, line, voxel], and an *offset* (0 ... kernel - 1 along each axis) is the way from the
+//           slot of a written voxel's first input to that of another: tap o of a forward window, taps - 1 - o of a
+//           transposed one. ldmatrix takes an address per row, so an offset costs an addition.
+// Work      A block of 4 warps makes kTileM = 256 written voxels x kTileN channels of one group; a warp 64 voxels
+//           (four fragments of 16 rows) x kTileN. The voxels are a cuboid (4, 8, 8) of a block where 8 divides its
+//           height and width (a warp has a plane, a fragment two lines), else four cuboids (4, 4, 4) of the same block
+//           or the next ones (a warp has a cuboid, a fragment a plane). The source of each slot is found once, through
+//           the neighbour table; which of a line's voxels are there is a word of bits, and from these words each lane
+//           learns which fragments have a pair under one offset. A step is one offset x kTileK channels; offsets without
+//           a pair in the tile are no steps, fragments without one are not multiplied.
+// Memory    Weights: 3 stages of kTileN * 64 bytes, filled by cp.async two steps ahead. Halo: a ring of 8 planes of 100
+//           slots, or 7 planes of 144. The steps of a chunk of channels go through the offsets plane by plane, so that
+//           a plane is free when its last offset is done, and one of the next chunk takes its place: with 8 planes nine
+//           steps before it is needed, where two whole halos of 6 would take half as much again. With 7 planes the last
+//           plane of four comes late, for one wait in 27 steps, which the other block on the SM fills. One chunk only:
+//           just its 6 planes. Chunks of 16 bytes are swizzled (slot_key): neither copies nor ldmatrix have bank
+//           conflicts. In KiB, with kTileN = 64 (32: 6 less; one chunk: 12.5 less, or 9 less):
+//             (4, 8, 8)       weights 12, sources 2.4, halo 50: 64.4
+//             4 x (4, 4, 4)   weights 12, sources 3.4, halo 63: 78.4
+//           so two blocks on an SM of 164 KiB always, and one on an SM of 100 (at most 99 a block). Registers: 128 sums
+//           a thread with kTileN = 64, 64 with 32.
+// Numbers   As conv3d_gather: bf16 and fp16 by mma.sync m16n8k16, float by m16n8k8 in TF32 or exactly by multiply-adds.
+//           Sums are float, chunk by chunk and in each offset by offset, an order that the problem alone fixes.
+// Limits    Fewer than 2^31 voxels on each side and fewer than 2^31 blocks of threads. Rows whose channels are no whole
+//           16 bytes are copied by elements, with bank conflicts.
+// Expected  bf16, 32 channels to 32, 27 taps: a tile multiplies 14.2 MFLOP and fetches 37.5 KiB of halo (2.3 times its
+//           16 KiB of input, from L2) and 54 KiB of weights: 155 FLOP a byte of L2, where an A100 needs some 65 and an
+//           H100, whose mma.sync is twice as fast at the same L2, 110. So weights that stream do not limit it, and
+//           weights kept in shared memory by a block that walks over tiles (37.5 KiB a tile, 380 FLOP a byte) would not
+//           pay on an A100: with 54 KiB of weights and a ring only one block of 4 warps fits its SM, and a single warp
+//           a scheduler hides nothing, where now three blocks do. With 64 channels to 64, two chunks: 56.6 MFLOP for
+//           75 + 216 KiB, 190 FLOP a byte. A step reads 4 KiB of rows and 2 or 4 KiB of weights a warp from shared
+//           memory for 32 or 64 mma of 4096 FLOP: 21 or 32 FLOP a byte, where an A100 needs 16. Not measured yet.
+// Source    Shared-memory tiling of a stencil with its halo (e.g. Micikevicius, GPGPU-2 2009), on tensor cores as an
+//           implicit matrix product.
+#include <algorithm>
+#include <limits>
+
+#include "cuda/cp_async.cuh"
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/product.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/window.cuh"
+
+namespace s3d::cuda {
+namespace {
+
+// kWide: a tile is a cuboid (4, 8, 8), else four (4, 4, 4).
+template <typename T, int kColumns, bool kWide>
+struct HaloTraits {
+  static constexpr int kWarps = 4, kStages = 3;
+  static constexpr int kFragments = 4;  // of 16 rows, of a warp
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTileM = 16 * kFragments * kWarps;
+  static constexpr int kCuboids = kWide ? 1 : 4, kDepth = 4, kSide = kWide ? 8 : 4;
+  static constexpr int kRing = kWide ? 8 : 7;         // planes
+  static constexpr int kLineLanes = kWide ? 16 : 8;   // that look for the sources of a line of at most kSide + 2
+  static constexpr int kSlotsAtOnce = kThreads / kRowChunks;  // that all threads copy
+  static constexpr int kStageElements = kColumns * kTileK<T>;
+  static constexpr int kStagesBytes = kStages * kStageElements * static_cast<int>(sizeof(T));
+  static constexpr int kBlocks = kColumns == 32 ? 3 : 2;  // on an SM, for which there must be registers
+  static_assert(kTileM == kCuboids * kDepth * kSide * kSide);
+};
+
+// The halo of a tile, and how blocks are cut to cuboids. Slots of a plane: of all cuboids of the tile.
+struct Halo {
+  int planes, lines, pitch, plane_slots;
+  int cuboids_d, cuboids_h, cuboids_w, cuboids;  // of a block along each axis; of all blocks
+  int slots() const { return planes * plane_slots; }
+};
+
+template <bool kWide>
+Halo halo_of(const Window& window) {
+  using Traits = HaloTraits<float, 32, kWide>;
+  const auto side = [&](int axis, int of_cuboid) { return of_cuboid + static_cast<int>(window.kernel[axis]) - 1; };
+  const Triple& block = window.written_block;
+  const int lines = side(1, Traits::kSide), pitch = side(2, Traits::kSide);
+  const auto d = static_cast<int>(block.d / Traits::kDepth), h = static_cast<int>(block.h / Traits::kSide),
+             w = static_cast<int>(block.w / Traits::kSide);
+  return {side(0, Traits::kDepth), lines, pitch, Traits::kCuboids * lines * pitch,
+          d, h, w, static_cast<int>(window.written_rows * (d * h * w))};
+}
+
+// Where a cuboid begins: the row of its block (-1: there is no such cuboid) and coordinates in it.
+struct alignas(16) Cuboid {
+  int row, d, h, w;
+};
+
+__device__ __forceinline__ Cuboid cuboid_at(const Halo& halo, int number, int depth, int side) {
+  const int w = number % halo.cuboids_w, line = number / halo.cuboids_w;
+  const int h = line % halo.cuboids_h, plane = line / halo.cuboids_h;
+  return {plane / halo.cuboids_d, plane % halo.cuboids_d * depth, h * side, w * side};
+}
+
+// The chunk of a slot that comes first: what a phase of ldmatrix reads, eight slots of a line or four of each of two
+// lines, has the same chunk in eight different groups of four banks. The pitch of lines is even.
+template <bool kWide>
+__device__ __forceinline__ int slot_key(int line, int x) {
+  return kWide ? x >> 1 & 3 : (x >> 1 & 1) | (line & 1) << 1;
+}
+
+// What comes next: the lowest of `offsets`, which are those of `all` that are left, of channels `chunk`.
+struct HaloStep {
+  uint32_t all, offsets;
+  int chunk;
+  __device__ int offset() const { return __ffs(static_cast<int>(offsets)) - 1; }
+  __device__ void advance() {
+    offsets &= offsets - 1;
+    if (offsets != 0) return;
+    offsets = all;
+    ++chunk;
+  }
+};
+
+template <typename T, Math kMath, int kColumns, bool kWide>
+__global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, HaloTraits<T, kColumns, kWide>::kBlocks)
+    conv3d_halo_kernel(WindowView window, Halo halo, Product product, Global<const T> gathered, Global<const T> packed,
+                       Global<const T> bias, Global<T> written, int ring_slots, bool whole_gathered,
+                       bool whole_written) {
+  using Traits = HaloTraits<T, kColumns, kWide>;
+  constexpr int kStages = Traits::kStages, kCuboids = Traits::kCuboids, kSide = Traits::kSide;
+  constexpr uint32_t kAll = 0xFFFFFFFF;
+  const int all_slots = halo.planes * halo.plane_slots;
+  const Shared<T> stages = dynamic_shared<T>(0, kStages * Traits::kStageElements);
+  const Shared<int> sources = dynamic_shared<int>(Traits::kStagesBytes, all_slots);
+  const Shared<T> slots = dynamic_shared<T>(Traits::kStagesBytes + 4 * all_slots, ring_slots * kTileK<T>);
+  S3D_SHARED(Cuboid, cuboids, kCuboids);
+  // Bit x: voxel x of the halo's line is there. With this pitch lines of different offsets are in different banks.
+  constexpr int kLinePitch = kSide + 2;
+  S3D_SHARED(uint32_t, lines, (Traits::kDepth + 2) * kCuboids * kLinePitch);
+  S3D_SHARED(uint32_t, offsets_of_warp, Traits::kWarps);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int parts = product.groups * product.n_tiles;
+  const int tile = blockIdx.x / parts, part = blockIdx.x % parts;
+  const int group = part / product.n_tiles, n_first = part % product.n_tiles * kColumns;
+  const int64_t gathered_channels = static_cast<int64_t>(product.groups) * product.k;
+  gathered += static_cast<int64_t>(group) * product.k;
+  packed += static_cast<int64_t>(part) * product.taps * product.k_steps * Traits::kStageElements;
+
+  if (threadIdx.x < kCuboids) {
+    const int64_t number = static_cast<int64_t>(tile) * kCuboids + threadIdx.x;
+    Cuboid cuboid = {-1, 0, 0, 0};
+    if (number < halo.cuboids) cuboid = cuboid_at(halo, static_cast<int>(number), Traits::kDepth, kSide);
+    store(cuboids + threadIdx.x, cuboid);
+  }
+  __syncthreads();
+
+  // The sources of the halo, some lines at once in a warp.
+  constexpr int kLinesAtOnce = 32 / Traits::kLineLanes;
+  for (int first = warp * kLinesAtOnce; first < halo.planes * kCuboids * halo.lines;
+       first += Traits::kWarps * kLinesAtOnce) {
+    const int line = first + lane / Traits::kLineLanes, x = lane % Traits::kLineLanes;
+    const int slice = line / halo.lines, y = line % halo.lines;  // a plane of one cuboid
+    const Cuboid at = load<Cuboid>(cuboids + slice % kCuboids);
+    int source = -1;
+    if (at.row >= 0 && x < halo.pitch) {
+      source = voxel_at(window, at.row, at.d + slice / kCuboids - window.d.padding, at.h + y - window.h.padding,
+                        at.w + x - window.w.padding);
+    }
+    if (x < halo.pitch) sources[line * halo.pitch + x] = source;
+    const uint32_t found = __ballot_sync(kAll, source >= 0);
+    if (x == 0) lines[slice * kLinePitch + y] = found >> lane & ((1u << Traits::kLineLanes) - 1);
+  }
+
+  // The warp's rows.
+  const Cuboid own = load<Cuboid>(cuboids + (kWide ? 0 : warp));
+  const auto voxel_of = [&](int row) {
+    const int z = kWide ? warp : row / 16, y = row / kSide % kSide, x = row % kSide;
+    const int plane = own.row * window.d.written_side + own.d + z;
+    const int voxel = (plane * window.h.written_side + own.h + y) * window.w.written_side + own.w + x;
+    return own.row < 0 ? -1 : voxel;
+  };
+  uint32_t visible_rows[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int voxel = voxel_of(i * 32 + lane);
+    bool visible = voxel >= 0;
+    if (visible && window.written_voxels != nullptr) visible = window.written_voxels[voxel] != 0;
+    visible_rows[i] = __ballot_sync(kAll, visible);
+  }
+  __syncthreads();
+
+  // Lane i: offset i along each axis, two bits each from bit 4 on, and which of the warp's fragments have a pair.
+  uint32_t about_offset = 0;
+  int pairs = 0;
+  if (lane < product.taps) {
+    const Tap offset = tap_of(window, lane);
+    about_offset = offset.d << 4 | offset.h << 6 | offset.w << 8;
+#pragma unroll
+    for (int i = 0; i < 64 / kSide; ++i) {
+      const int slice = kWide ? warp + offset.d : (i / kSide + offset.d) * kCuboids + warp;
+      const uint32_t found = lines[slice * kLinePitch + i % kSide + offset.h];
+      const uint32_t rows = visible_rows[i * kSide / 32] >> i * kSide % 32 & ((1u << kSide) - 1);
+      pairs += __popc(found >> offset.w & rows);
+      if ((found >> offset.w & rows) != 0) about_offset |= 1u << i * kSide / 16;
+    }
+  }
+  const uint32_t own_offsets = __ballot_sync(kAll, pairs != 0);
+  if (lane == 0) offsets_of_warp[warp] = own_offsets;
+  count_useful_flops(int64_t{2} * pairs * product.k * min(kColumns, product.n - n_first));
+  __syncthreads();
+  HaloStep step = {0, 0, 0};
+  for (int i = 0; i < Traits::kWarps; ++i) step.all |= static_cast<uint32_t>(offsets_of_warp[i]);
+  step.offsets = step.all;
+  const int steps = __popc(step.all) * product.k_steps;
+
+  // Planes are numbered through all chunks. A thread copies the same slots of each.
+  const int all_planes = halo.planes * product.k_steps, copied_chunk = lane % kRowChunks;
+  uint32_t keys = 0;
+  for (int slot = threadIdx.x / kRowChunks, i = 0; slot < halo.plane_slots; slot += Traits::kSlotsAtOnce, i += 2) {
+    keys |= static_cast<uint32_t>(slot_key<kWide>(slot / halo.pitch % halo.lines, slot % halo.pitch)) << i;
+  }
+  int brought = 0, next_z = 0, next_chunk = 0;  // planes that are on their way or there; what comes next
+  const auto bring = [&](int end) {
+    for (; brought < min(end, all_planes); ++brought) {
+      const Shared<T> to = slots + brought % Traits::kRing * halo.plane_slots * kTileK<T>;
+      const Shared<int> from = sources + next_z * halo.plane_slots;
+      const int k = next_chunk * kTileK<T> + copied_chunk * kChunk<T>;
+      uint32_t rest = keys;
+      for (int slot = threadIdx.x / kRowChunks; slot < halo.plane_slots; slot += Traits::kSlotsAtOnce, rest >>= 2) {
+        const int source = from[slot];
+        copy_chunk<T>(to + (slot * kRowChunks + (copied_chunk ^ (rest & 3))) * kChunk<T>, gathered,
+                      source * gathered_channels + k, source < 0 ? 0 : product.k - k, whole_gathered);
+      }
+      if (++next_z == halo.planes) {
+        next_z = 0;
+        ++next_chunk;
+      }
+    }
+  };
+  const auto copy_step = [&](int stage, const HaloStep& from) {
+    const int offset = from.offset();
+    copy_weights<T, kColumns, Traits::kThreads>(stages + stage * Traits::kStageElements, packed, product,
+                                                product.transposed ? product.taps - 1 - offset : offset, from.chunk);
+  };
+
+  float sums[Traits::kFragments][kColumns / 8][4] = {};
+  HaloStep next = step;
+  if (steps > 0) bring(halo.planes);
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < steps) copy_step(i, next);
+    cp_async_commit();
+    next.advance();
+  }
+  int published = 0;       // planes that everybody may read
+  int all_there_from = 0;  // the step from which on all planes brought so far have landed
+  for (int i = 0; i < steps; ++i) {
+    cp_async_wait<kStages - 2>();
+    if (i >= all_there_from) published = brought;
+    __syncthreads();  // everybody's copies of this step are there; the stage and the planes before it are free
+    const uint32_t about = __shfl_sync(kAll, about_offset, step.offset());
+    const int offset_d = about >> 4 & 3, offset_h = about >> 6 & 3, offset_w = about >> 8 & 3;
+    const int low = halo.planes * step.chunk + offset_d;  // the planes of this step and all that follow are not lower
+    // What is overwritten, planes below `low`, may still be on its way where taps were skipped. It is the thread's own.
+    if (low > published) cp_async_wait_all();
+    const int before = brought;
+    bring(low + Traits::kRing);
+    if (brought != before) all_there_from = i + kStages - 1;
+    if (i + kStages - 1 < steps) copy_step((i + kStages - 1) % kStages, next);
+    cp_async_commit();
+    next.advance();
+    if (low + Traits::kDepth > published) {
+      cp_async_wait_all();
+      published = brought;
+      __syncthreads();
+    }
+    const Shared<T> weights = stages + i % kStages * Traits::kStageElements;
+    const auto row_of = [&](int m, int row, int chunk) {
+      const int plane = (low + (kWide ? warp : m)) % Traits::kRing;
+      const int y = (kWide ? 2 * m : 0) + row / kSide + offset_h, x = row % kSide + offset_w;
+      const int slot = plane * halo.plane_slots + ((kWide ? 0 : warp * halo.lines) + y) * halo.pitch + x;
+      return slots + (slot * kRowChunks + (chunk ^ slot_key<kWide>(y, x))) * kChunk<T>;
+    };
+    multiply<T, kMath, Traits::kFragments, kColumns>(row_of, weights, about & 0xF, sums);
+    step.advance();
+  }
+  cp_async_wait_all();
+
+  const auto place = [&](int row) {
+    return WrittenRow{voxel_of(row), (visible_rows[row / 32] >> row % 32 & 1) != 0};
+  };
+  store_sums<T, Traits::kFragments, kColumns>(sums, product, group, n_first, bias, written, whole_written, place);
+}
+
+// Whether tiles are (4, 8, 8), with fewer slots than four (4, 4, 4).
+bool is_wide(const Window& window) { return window.written_block.h % 8 == 0 && window.written_block.w % 8 == 0; }
+
+int64_t thread_blocks(const Window& window, int64_t parts) {
+  constexpr int64_t kTileM = HaloTraits<float, 32, true>::kTileM;
+  return (window.written_rows * window.written_block.volume() + kTileM - 1) / kTileM * parts;
+}
+
+template <typename T, Math kMath, int kColumns, bool kWide>
+void convolve(const Window& window, const Product& product, const T* gathered, const T* packed, const T* bias,
+              T* written, cudaStream_t stream) {
+  using Traits = HaloTraits<T, kColumns, kWide>;
+  const Halo halo = halo_of<kWide>(window);
+  const int ring_slots = std::min(halo.planes * product.k_steps, Traits::kRing) * halo.plane_slots;
+  constexpr int kSlotBytes = kTileK<T> * static_cast<int>(sizeof(T));
+  const size_t shared_bytes = Traits::kStagesBytes + 4 * halo.slots() + kSlotBytes * ring_slots;
+  const auto grid = static_cast<unsigned>(thread_blocks(window, product.groups * product.n_tiles));
+  launch("conv3d_halo", conv3d_halo_kernel<T, kMath, kColumns, kWide>, grid, Traits::kThreads, shared_bytes, stream,
+         view(window), halo, product, gathered, packed, bias, written, ring_slots,
+         whole_chunks(gathered, product.groups * product.k, product.k),
+         whole_chunks(written, product.groups * product.n, product.n));
+}
+
+}  // namespace
+
+bool conv3d_halo_applies(const Window& window, const ConvChannels& channels) {
+  for (int axis = 0; axis < 3; ++axis) {
+    const int64_t kernel = window.kernel[axis];
+    if (kernel != 1 && kernel != 3) return false;
+    if (window.stride[axis] != 1 || window.padding[axis] != (kernel - 1) / 2) return false;
+    if (window.written_block[axis] != window.gathered_block[axis] || window.written_block[axis] % 4 != 0) return false;
+  }
+  if (window.taps() == 1) return false;  // nothing is read twice
+  const Product product = product_of<bf16>(window, channels);  // parts are those of all types
+  return thread_blocks(window, int64_t{product.groups} * product.n_tiles) <= std::numeric_limits<int32_t>::max();
+}
+
+template <typename T>
+void conv3d_halo(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
+                 const T* bias, T* written, cudaStream_t stream) {
+  const Product product = product_of<T>(window, channels);
+  const auto start = [&](auto narrow, auto narrow_wide, auto columns, auto columns_wide) {
+    const bool wide = is_wide(window);
+    const auto chosen = product.tile_n == 32 ? (wide ? narrow_wide : narrow) : (wide ? columns_wide : columns);
+    chosen(window, product, gathered, packed, bias, written, stream);
+  };
+  if constexpr (sizeof(T) == 4) {
+    if (math == Math::kExact) {
+      return start(convolve<T, Math::kExact, 32, false>, convolve<T, Math::kExact, 32, true>,
+                   convolve<T, Math::kExact, 64, false>, convolve<T, Math::kExact, 64, true>);
+    }
+  }
+  start(convolve<T, Math::kTensorCores, 32, false>, convolve<T, Math::kTensorCores, 32, true>,
+        convolve<T, Math::kTensorCores, 64, false>, convolve<T, Math::kTensorCores, 64, true>);
+}
+
+#define S3D_INSTANTIATE(T)                                                                                 \
+  template void conv3d_halo<T>(const Window&, const ConvChannels&, Math, const T*, const T*, const T*, T*, \
+                               cudaStream_t);
+S3D_INSTANTIATE(float)
+S3D_INSTANTIATE(bf16)
+S3D_INSTANTIATE(fp16)
+#undef S3D_INSTANTIATE
+
+}  // namespace s3d::cuda

@@ -168,6 +168,26 @@ void check_relu() {
   }
 }
 
+// Parts without visible voxels have mean 0: they must not be taken for numbers far away, whose squares overflow.
+void check_large_numbers() {
+  constexpr int kChannels = 5, kRows = 20, kBlock = 64;
+  DeviceBuffer<float> x(kRows * kBlock * kChannels), mean(kChannels), squares(kChannels);
+  DeviceBuffer<uint8_t> voxels(kRows * kBlock);
+  DeviceBuffer<int32_t> offsets(2);
+  offsets[1] = kRows;
+  for (size_t i = 0; i < x.size(); ++i) x[i] = 0x1p120f;
+  for (const int visible : {3, 700, 1279}) {
+    voxels[visible] = 1;
+    const SampleRows rows = {1, offsets.data(), kRows, kBlock, voxels.data()};
+    DeviceBuffer<float> partial(norm_partial_sums(rows, kChannels));
+    norm_statistics<float>(rows, x.data(), partial.data(), mean.data(), squares.data(), kChannels, nullptr);
+    for (int c = 0; c < kChannels; ++c) {
+      CHECK(mean[c] == 0x1p120f);
+      CHECK_EQUAL(squares[c], 0);
+    }
+  }
+}
+
 }  // namespace
 
 void test_norm() {
@@ -196,6 +216,7 @@ void test_norm() {
     check_norm<fp16>(side, c.channels, c.offset_of_x, seed);
   }
   check_relu();
+  check_large_numbers();
 }
 
 }  // namespace s3d::cuda::test

@@ -21,7 +21,7 @@ void check_bits(const std::string& what, const std::vector<T>& expected, size_t 
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     emulator::set_options({seed, true});
     DeviceBuffer<T> result(expected.size() + offset, "result");
-    std::memset(static_cast<void*>(result.data()), 0x5A, result.size() * sizeof(T));
+    for (size_t i = 0; i < result.size(); ++i) std::memset(static_cast<void*>(&result[i]), 0x5A, sizeof(T));
     emulator::take_launches();
     call(result.data() + offset);
     const std::vector<emulator::LaunchRecord> launches = emulator::take_launches();

@@ -143,6 +143,45 @@ void check_norm(const Side& side, int channels, double offset_of_x, uint64_t see
   }));
 }
 
+// Whole sectors are read and written, once; masked voxels are not read; shared memory has no conflicts.
+template <typename T>
+void check_counts() {
+  constexpr int kChannels = 64, kRows = 24, kBlock = 64, kBytes = kChannels * sizeof(T);
+  DeviceBuffer<T> x(kRows * kBlock * kChannels), residual(x.size()), y(x.size());
+  DeviceBuffer<float> table(2 * kChannels), sums(2 * kChannels), products(2 * kChannels);
+  DeviceBuffer<uint8_t> voxels(kRows * kBlock);
+  DeviceBuffer<int32_t> offsets(3);
+  offsets[1] = 10, offsets[2] = kRows;
+  int64_t visible = 0;
+  for (size_t v = 0; v < voxels.size(); ++v) visible += voxels[v] = v % 3 != 0;
+  const SampleRows rows = {2, offsets.data(), kRows, kBlock, voxels.data()};
+  DeviceBuffer<float> partial(norm_partial_sums(rows, kChannels));
+  const float* const t = table.data();
+  emulator::take_launches();
+  norm_statistics<T>(rows, x.data(), partial.data(), sums.data(), products.data(), kChannels, nullptr);
+  norm_apply<T>(rows, x.data(), t, t, t, residual.data(), 0.01f, y.data(), kChannels, nullptr);
+  norm_grad_sums<T>(rows, x.data(), residual.data(), nullptr, t, t, t, t, 0.01f, y.data(), partial.data(),
+                    sums.data(), products.data(), kChannels, nullptr);
+  norm_grad_input<T>(rows, x.data(), residual.data(), t, t, t, t, t, y.data(), kChannels, nullptr);
+  channel_sums<T>(rows, x.data(), partial.data(), y.data(), kChannels, nullptr);
+  const std::vector<emulator::LaunchRecord> launches = emulator::take_launches();
+  const int tensors[] = {1, 0, 2, 2, 0, 2, 1, 0};  // that each launch reads; sums of parts come behind
+  CHECK_EQUAL(launches.size(), std::size(tensors));
+  for (size_t i = 0; i < launches.size(); ++i) {
+    const emulator::Counters& counters = launches[i].counters;
+    CHECK_EQUAL(counters.shared_read_conflicts, 0);
+    CHECK_EQUAL(counters.shared_write_conflicts, 0);
+    if (tensors[i] == 0) continue;
+    const int64_t read = tensors[i] * visible * kBytes;
+    // Beside tensors there are tables, and for each voxel whether it is visible.
+    CHECK(counters.global_bytes_read >= read);
+    CHECK(counters.global_sectors_read * 32 >= read && counters.global_sectors_read * 32 < 2 * read);
+    if (launches[i].kernel != "norm_apply" && launches[i].kernel != "norm_grad_input") continue;
+    CHECK_EQUAL(counters.global_bytes_written, voxels.size() * kBytes);
+    CHECK_EQUAL(counters.global_sectors_written * 32, counters.global_bytes_written);
+  }
+}
+
 // ReLU makes a zero of -inf and leaves NaN; its gradient is zero where the sign is not positive, whatever comes in.
 void check_relu() {
   constexpr int kChannels = 8;
@@ -217,6 +256,8 @@ void test_norm() {
   }
   check_relu();
   check_large_numbers();
+  check_counts<float>();
+  check_counts<bf16>();
 }
 
 }  // namespace s3d::cuda::test

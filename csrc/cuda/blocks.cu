@@ -27,7 +27,7 @@
 namespace s3d::cuda {
 namespace {
 
-constexpr int kThreads = 256, kNumbers = 1024, kMostTileChannels = 32, kPadding = 32;
+constexpr int kThreads = 256, kBlocks = 4, kNumbers = 1024, kMostTileChannels = 32, kPadding = 32;
 
 struct BlocksView {
   Global<const int32_t> index, cells;
@@ -78,7 +78,7 @@ __device__ __forceinline__ Places places_of_scatter(const BlocksView& b, int64_t
 
 // fill: null for zeros.
 template <typename Word, bool kGather, bool kTurn>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     move_blocks_kernel(BlocksView b, Global<const Word> from, Global<const Word> fill, Global<Word> to) {
   S3D_SHARED(int64_t, reads, kNumbers);
   S3D_SHARED(int64_t, writes, kNumbers);

@@ -12,15 +12,16 @@ using s3d::test::Random;
 using s3d::test::Side;
 using s3d::test::times;
 
-enum class Format { kChannelsFirst, kChannelsLast, kTransposed, kPadded };
+// kSlice: the first channels of one more, kEverySecond: every second one of twice as many, both channels last.
+enum class Format { kChannelsFirst, kChannelsLast, kTransposed, kPadded, kSlice, kEverySecond };
 
-// Calls call(result) with each seed: the same bits as expected, of as many bytes written as the result has.
+// Calls call(result) with each seed: the same bits as expected, in one launch.
 template <typename T, typename Call>
 void check_bits(const std::string& what, const std::vector<T>& expected, size_t offset, const Call& call) {
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     emulator::set_options({seed, true});
     DeviceBuffer<T> result(expected.size() + offset, "result");
-    std::memset(static_cast<void*>(result.data()), 0x5A, result.size() * sizeof(T));
+    for (size_t i = 0; i < result.size(); ++i) std::memset(static_cast<void*>(&result[i]), 0x5A, sizeof(T));
     emulator::take_launches();
     call(result.data() + offset);
     const std::vector<emulator::LaunchRecord> launches = emulator::take_launches();
@@ -41,17 +42,19 @@ void check_blocks(const Side& side, const Triple& shape, int channels, Format fo
   Random random(seed);
   const int64_t batch = side.layout.batch, area = shape.h * shape.w, volume = shape.volume();
   int64_t elements = batch * volume * channels;
-  DenseVolume dense = {static_cast<int>(batch), channels, shape,
-                       {volume * channels, volume, area, shape.w, 1}};
-  if (format == Format::kChannelsLast) {
-    dense = {dense.batch, channels, shape, {volume * channels, 1, area * channels, shape.w * channels, channels}};
-  } else if (format == Format::kTransposed) {  // [C, W, D, N, H]
-    dense = {dense.batch, channels, shape,
-             {shape.h, elements / channels, batch * shape.h, 1, shape.d * batch * shape.h}};
-  } else if (format == Format::kPadded) {  // channels last, every second one of a larger volume along W
-    dense = {dense.batch, channels, shape,
-             {2 * volume * channels, 1, 2 * area * channels, 2 * shape.w * channels, 2 * channels}};
-    elements *= 2;
+  DenseVolume dense = {static_cast<int>(batch), channels, shape, {}};
+  const auto set_strides = [&](const std::array<int64_t, 5>& s) { std::copy(s.begin(), s.end(), dense.strides); };
+  const auto channels_last = [&](int64_t step_c, int64_t step) {
+    set_strides({volume * step, step_c, area * step, shape.w * step, step});
+    elements = batch * volume * step;
+  };
+  if (format == Format::kChannelsFirst) set_strides({volume * channels, volume, area, shape.w, 1});
+  if (format == Format::kChannelsLast) channels_last(1, channels);
+  if (format == Format::kPadded) channels_last(1, 2 * channels);
+  if (format == Format::kSlice) channels_last(1, channels + 1);
+  if (format == Format::kEverySecond) channels_last(2, 2 * channels);
+  if (format == Format::kTransposed) {  // [C, W, D, N, H]
+    set_strides({shape.h, elements / channels, batch * shape.h, 1, shape.d * batch * shape.h});
   }
   const BlockRows rows = {side.layout.index.data(), side.voxels(), side.block, side.layout.rows};
   const emulator::RegisteredBuffer index(side.layout.index.data(), side.layout.index.size() * 4, "index");
@@ -101,8 +104,11 @@ void check_counts() {
   const emulator::RegisteredBuffer index(side.layout.index.data(), side.layout.index.size() * 4, "index");
   const emulator::RegisteredBuffer cells(side.layout.row.data(), side.layout.row.size() * 4, "cells");
   const BlockRows rows = {side.layout.index.data(), nullptr, side.block, side.layout.rows};
-  for (const int channels : {1, 4, 32, 40}) {
-    const DenseVolume dense = {1, channels, {16, 16, 16}, {0, 4096, 256, 16, 1}};
+  for (const int form : {1, 4, 32, 40, -3, -4, -40}) {  // negative: channels last
+    const int channels = std::abs(form);
+    const DenseVolume dense = form > 0 ? DenseVolume{1, channels, {16, 16, 16}, {0, 4096, 256, 16, 1}}
+                                       : DenseVolume{1, channels, {16, 16, 16}, {0, 1, 256 * channels, 16 * channels,
+                                                                                 channels}};
     DeviceBuffer<float> values(4096 * channels), blocks(side.size() * channels), fill(channels);
     const emulator::Counters gather =
         emulator::test::counters_of([&] { gather_blocks<float>(rows, dense, values.data(), blocks.data(), nullptr); });
@@ -137,7 +143,8 @@ void test_blocks() {
                         {{}, {1, 1, 1}, {2, 2, 2}, {0, 0, 0}, 1, 5}};
   uint64_t seed = 200;
   for (const Case& c : cases) {
-    for (const Format format : {Format::kChannelsFirst, Format::kChannelsLast, Format::kTransposed, Format::kPadded}) {
+    for (const Format format : {Format::kChannelsFirst, Format::kChannelsLast, Format::kTransposed, Format::kPadded,
+                                Format::kSlice, Format::kEverySecond}) {
       Random random(++seed);
       const Side side(Layout(static_cast<int64_t>(c.share.size()), c.grid, c.share, random), c.block, c.visible,
                       random);

@@ -143,6 +143,45 @@ void check_norm(const Side& side, int channels, double offset_of_x, uint64_t see
   }));
 }
 
+// Whole sectors are read and written, once; masked voxels are not read; shared memory has no conflicts.
+template <typename T>
+void check_counts() {
+  constexpr int kChannels = 64, kRows = 24, kBlock = 64, kBytes = kChannels * sizeof(T);
+  DeviceBuffer<T> x(kRows * kBlock * kChannels), residual(x.size()), y(x.size());
+  DeviceBuffer<float> table(2 * kChannels), sums(2 * kChannels), products(2 * kChannels);
+  DeviceBuffer<uint8_t> voxels(kRows * kBlock);
+  DeviceBuffer<int32_t> offsets(3);
+  offsets[1] = 10, offsets[2] = kRows;
+  int64_t visible = 0;
+  for (size_t v = 0; v < voxels.size(); ++v) visible += voxels[v] = v % 3 != 0;
+  const SampleRows rows = {2, offsets.data(), kRows, kBlock, voxels.data()};
+  DeviceBuffer<float> partial(norm_partial_sums(rows, kChannels));
+  const float* const t = table.data();
+  emulator::take_launches();
+  norm_statistics<T>(rows, x.data(), partial.data(), sums.data(), products.data(), kChannels, nullptr);
+  norm_apply<T>(rows, x.data(), t, t, t, residual.data(), 0.01f, y.data(), kChannels, nullptr);
+  norm_grad_sums<T>(rows, x.data(), residual.data(), nullptr, t, t, t, t, 0.01f, y.data(), partial.data(),
+                    sums.data(), products.data(), kChannels, nullptr);
+  norm_grad_input<T>(rows, x.data(), residual.data(), t, t, t, t, t, y.data(), kChannels, nullptr);
+  channel_sums<T>(rows, x.data(), partial.data(), y.data(), kChannels, nullptr);
+  const std::vector<emulator::LaunchRecord> launches = emulator::take_launches();
+  const int tensors[] = {1, 0, 2, 2, 0, 2, 1, 0};  // that each launch reads; sums of parts come behind
+  CHECK_EQUAL(launches.size(), std::size(tensors));
+  for (size_t i = 0; i < launches.size(); ++i) {
+    const emulator::Counters& counters = launches[i].counters;
+    CHECK_EQUAL(counters.shared_read_conflicts, 0);
+    CHECK_EQUAL(counters.shared_write_conflicts, 0);
+    if (tensors[i] == 0) continue;
+    const int64_t read = tensors[i] * visible * kBytes;
+    // Beside tensors there are tables, and for each voxel whether it is visible.
+    CHECK(counters.global_bytes_read >= read);
+    CHECK(counters.global_sectors_read * 32 >= read && counters.global_sectors_read * 32 < 2 * read);
+    if (launches[i].kernel != "norm_apply" && launches[i].kernel != "norm_grad_input") continue;
+    CHECK_EQUAL(counters.global_bytes_written, voxels.size() * kBytes);
+    CHECK_EQUAL(counters.global_sectors_written * 32, counters.global_bytes_written);
+  }
+}
+
 // ReLU makes a zero of -inf and leaves NaN; its gradient is zero where the sign is not positive, whatever comes in.
 void check_relu() {
   constexpr int kChannels = 8;
@@ -165,6 +204,26 @@ void check_relu() {
     CHECK(std::isnan(in[c]) ? std::isnan(y[c]) : y[c] == (in[c] > 0 ? in[c] : 0));
     CHECK(before[c] == (in[c] > 0 ? 5 : 0));
     CHECK(sums[c] == before[c]);
+  }
+}
+
+// Parts without visible voxels have mean 0: they must not be taken for numbers far away, whose squares overflow.
+void check_large_numbers() {
+  constexpr int kChannels = 5, kRows = 20, kBlock = 64;
+  DeviceBuffer<float> x(kRows * kBlock * kChannels), mean(kChannels), squares(kChannels);
+  DeviceBuffer<uint8_t> voxels(kRows * kBlock);
+  DeviceBuffer<int32_t> offsets(2);
+  offsets[1] = kRows;
+  for (size_t i = 0; i < x.size(); ++i) x[i] = 0x1p120f;
+  for (const int visible : {3, 700, 1279}) {
+    voxels[visible] = 1;
+    const SampleRows rows = {1, offsets.data(), kRows, kBlock, voxels.data()};
+    DeviceBuffer<float> partial(norm_partial_sums(rows, kChannels));
+    norm_statistics<float>(rows, x.data(), partial.data(), mean.data(), squares.data(), kChannels, nullptr);
+    for (int c = 0; c < kChannels; ++c) {
+      CHECK(mean[c] == 0x1p120f);
+      CHECK_EQUAL(squares[c], 0);
+    }
   }
 }
 
@@ -196,6 +255,9 @@ void test_norm() {
     check_norm<fp16>(side, c.channels, c.offset_of_x, seed);
   }
   check_relu();
+  check_large_numbers();
+  check_counts<float>();
+  check_counts<bf16>();
 }
 
 }  // namespace s3d::cuda::test

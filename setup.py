@@ -159,26 +159,33 @@ class BuildLibraries(build_ext):
     """Builds each library, or says why not and leaves it out."""
 
     def run(self) -> None:
-        built = []
-        for ext, library in zip(self.extensions, LIBRARIES, strict=True):
-            wish = os.environ.get(library.switch, "")
-            missing = f"{library.switch}=0" if wish == "0" else None if library.compiler() else library.missing
-            if not missing:
+        for library in LIBRARIES:
+            if os.environ.get(library.switch) == "0":
+                self.leave_out(library, f"{library.switch}=0")
+            elif library.compiler() is None:
+                self.leave_out(library, library.missing)
+        super().run()
+
+    def build_extensions(self) -> None:
+        for library in LIBRARIES:
+            for ext in [ext for ext in self.extensions if ext.name == library.module]:
                 try:
-                    self.extensions = [ext]
-                    super().run()
-                    built.append(ext)
-                    continue
+                    self.build_extension(ext)
                 except (OSError, subprocess.CalledProcessError) as error:
-                    missing = f"the compiler failed: {error}"
-            if wish == "1":
-                raise RuntimeError(f"{library.switch}=1, but {missing}")
-            self.announce(f"without the native {library.name} library ({missing}); other backends compute", level=4)
-            # One of an earlier build must not pass for this one.
-            for path in (self.get_ext_fullpath(ext.name), Path(self.build_lib) / self.get_ext_filename(ext.name)):
-                Path(path).unlink(missing_ok=True)
-        self.distribution.ext_modules = built
-        self.extensions = built
+                    self.leave_out(library, f"the compiler failed: {error}")
+
+    def leave_out(self, library: Library, why: str) -> None:
+        if os.environ.get(library.switch) == "1":
+            raise RuntimeError(f"{library.switch}=1, but {why}")
+        self.announce(f"without the native {library.name} library ({why}); other backends compute", level=4)
+        # One of an earlier build must not pass for this one.
+        for path in (
+            self.get_ext_fullpath(library.module),
+            Path(self.build_lib) / self.get_ext_filename(library.module),
+        ):
+            Path(path).unlink(missing_ok=True)
+        self.extensions = [ext for ext in self.extensions if ext.name != library.module]
+        self.distribution.ext_modules = self.extensions
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"

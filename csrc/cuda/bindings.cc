@@ -66,9 +66,10 @@ void conv3d(TensorView x, TensorView weight, MaybeTensor bias, MaybeTensor sourc
     const Triple k = g.forward.kernel;
     by_dtype(x, "x", [&](auto t) {
       using T = decltype(t);
-      convolve<T>(g.forward, channels, math_of(tf32), g.source<T>(x, "x", in),
-                  data<T>(weight, "weight", {out, in / groups, k.d, k.h, k.w}), data<T>(bias, "bias", {out}),
-                  g.target<T>(y, "y", out), device.stream());
+      const T* const from = g.source<T>(x, "x", in);
+      const T* const w = data<T>(weight, "weight", {out, in / groups, k.d, k.h, k.w});
+      const T* const b = data<T>(bias, "bias", {out});
+      convolve<T>(g.forward, channels, math_of(tf32), from, w, b, g.target<T>(y, "y", out), device.stream());
     });
   });
 }

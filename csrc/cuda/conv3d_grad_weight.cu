@@ -89,11 +89,11 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return (row * kChunks + (chunk ^ other)) * kChunk<T>;
 }
 
-// sums += x^T grad over the pairs of a step: rows x_first ... of the tile's input, columns grad_first ... of its output
-// channels.
+// sums += x^T grad over the first `count` pairs of a step, rounded up to what an mma takes: rows x_first ... of the
+// tile's input, columns grad_first ... of its output channels.
 template <typename T, Math kMath, int kTile>
 __device__ __forceinline__ void correlate(
-    Shared<T> x, Shared<T> grad, int x_first, int grad_first,
+    Shared<T> x, Shared<T> grad, int x_first, int grad_first, int count,
     float (&sums)[GradWeightTraits<T, kTile>::kRows][GradWeightTraits<T, kTile>::kColumns][4]) {
   using Traits = GradWeightTraits<T, kTile>;
   constexpr int kChunks = Traits::kChunks, kRows = Traits::kRows, kColumns = Traits::kColumns;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void correlate(
   if constexpr (kMath == Math::kExact) {
     static_assert(sizeof(T) == 4, "of float");
 #pragma unroll 2
-    for (int pair = 0; pair < Traits::kPairs; ++pair) {
+    for (int pair = 0; pair < min(count, Traits::kPairs); ++pair) {
       float a[kRows][2];
 #pragma unroll
       for (int i = 0; i < 2 * kRows; ++i) {
@@ -125,6 +125,7 @@ __device__ __forceinline__ void correlate(
     constexpr int kDepth = 32 / static_cast<int>(sizeof(T));  // pairs of an mma: 16, or 8 in TF32
 #pragma unroll
     for (int first = 0; first < Traits::kPairs; first += kDepth) {
+      if (first >= count) break;
       uint32_t a[kRows][4], b[kColumns][2];
       if constexpr (sizeof(T) == 4) {
         const auto number = [&](Shared<T> from, int pair, int channel) {
@@ -240,7 +241,8 @@ __global__ void __launch_bounds__(GradWeightTraits<T, kTile>::kThreads, GradWeig
       if (i + kStages - 1 < steps) copy(i + kStages - 1);
       cp_async_commit();
       const Shared<T> step_x = stages + i % kStages * (2 * Traits::kOperandElements);
-      correlate<T, kMath, kTile>(step_x, step_x + Traits::kOperandElements, x_first, grad_first, sums);
+      correlate<T, kMath, kTile>(step_x, step_x + Traits::kOperandElements, x_first, grad_first, count - i * kPairs,
+                                 sums);
     }
     __syncthreads();  // for the next list
   }

@@ -22,7 +22,7 @@ RegisteredBuffer::RegisteredBuffer(const void* begin, size_t bytes, std::string 
   const uint64_t address = next_address;
   next_address += (bytes / kAlignment + 1) * kAlignment;
   const auto place = reinterpret_cast<uintptr_t>(begin);
-  buffers().push_back(std::make_unique<Buffer>(Buffer{place, bytes, address, std::move(name)}));
+  buffers().push_back(std::make_unique<Buffer>(Buffer{place, bytes, address, std::move(name), 0}));
   buffer_ = buffers().back().get();
 }
 

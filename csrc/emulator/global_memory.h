@@ -13,6 +13,7 @@ struct Buffer {
   size_t bytes;
   uint64_t address;  // that counters see: aligned as cudaMalloc aligns
   std::string name;
+  mutable int64_t bytes_read = 0;  // by kernels
 };
 
 // Kernels may reach these bytes as long as the object lives.
@@ -22,6 +23,7 @@ class RegisteredBuffer {
   ~RegisteredBuffer();
   RegisteredBuffer(const RegisteredBuffer&) = delete;
   RegisteredBuffer& operator=(const RegisteredBuffer&) = delete;
+  int64_t bytes_read() const { return buffer_->bytes_read; }
 
  private:
   const Buffer* buffer_;

@@ -55,6 +55,7 @@ class GlobalPlace {
     const uintptr_t offset = pointer_ - (buffer_ == nullptr ? 0 : buffer_->begin);
     if (buffer_ == nullptr || offset >= buffer_->bytes || buffer_->bytes - offset < bytes) out_of_range(bytes, where);
     block.count({where.file, buffer_->address + offset, where.line, kind, static_cast<uint8_t>(bytes)});
+    if (kind == AccessKind::kGlobalRead) buffer_->bytes_read += bytes;
     return reinterpret_cast<void*>(pointer_);
   }
   [[noreturn]] void out_of_range(uint32_t bytes, Where where) const;

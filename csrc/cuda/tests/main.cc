@@ -1,11 +1,16 @@
-// The CUDA kernels, run by the emulator, against sums in double. Usage: test_cuda
+// The CUDA kernels, run by the emulator, against sums in double. Usage: test_cuda [--count]
 #include <cstdio>
+#include <cstring>
 #include <exception>
 
 #include "cuda/tests/results.h"
 
-int main() {
+int main(int argument_count, char** arguments) {
   try {
+    if (argument_count > 1 && std::strcmp(arguments[1], "--count") == 0) {
+      s3d::cuda::test::count();
+      return 0;
+    }
     s3d::cuda::test::test_table();
     s3d::cuda::test::test_blocks();
     s3d::cuda::test::test_norm();

@@ -97,6 +97,7 @@ void check_result(const std::string& what, const Expected& expected, const Toler
 }
 
 void test_conv3d();
+void count();
 void test_norm();
 void test_table();
 void test_pool();

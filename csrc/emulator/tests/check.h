@@ -38,6 +38,7 @@ class DeviceBuffer {
   T* data() { return values_.data(); }
   T& operator[](size_t i) { return values_[i]; }
   size_t size() const { return values_.size(); }
+  int64_t bytes_read() const { return registered_.bytes_read(); }
 
  private:
   std::vector<T> values_;

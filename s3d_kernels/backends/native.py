@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .first_use import disagreement
 from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
 from .native_library import PACKAGE, NativeLibrary
 
@@ -55,6 +56,7 @@ CUDA = NativeLibrary(
     setting=lambda: int(torch.backends.cudnn.allow_tf32),
     missing="no nvcc, or S3D_CUDA=0, at installation",
     device_reason=_too_old,
+    check_first_use=True,
 )
 
 
@@ -107,6 +109,7 @@ class NativeBackend:
     def __init__(self, name: str = "native", libraries: Mapping[str, NativeLibrary] | None = None) -> None:
         self.name = name
         self._libraries = libraries or {"cpu": CPU, "cuda": CUDA}
+        self._wrong: dict[tuple[str, str, torch.dtype], str | None] = {}  # what the checks of first uses found
 
     def why_not(self, problem: Problem) -> str | None:
         library = self._libraries.get(problem.device)
@@ -117,7 +120,27 @@ class NativeBackend:
             return f"on {problem.device} it computes {', '.join(others)} and {last}, not {problem.dtype}"
         if isinstance(problem, ConvProblem) and min(problem.in_channels, problem.out_channels) < 1:
             return "it needs at least one channel"
-        return library.why_not()
+        reason = library.why_not()
+        if reason is None and library.check_first_use:
+            return self._wrong_at_first_use(problem)
+        return reason
+
+    def _wrong_at_first_use(self, problem: Problem) -> str | None:
+        """What the check says about the kernels of a problem; it runs once for each operator, device and dtype."""
+        key = (problem.operator, problem.device, problem.dtype)
+        if key in self._wrong:
+            return self._wrong[key]
+        if problem.device == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # the check waits for its results, which a capture forbids
+        wrong = disagreement(self, problem.operator, problem.dtype, torch.device(problem.device))
+        self._wrong[key] = None if wrong is None else f"it gave wrong results on this machine: {wrong}"
+        if wrong is not None:
+            warnings.warn(
+                f"native {problem.device} kernels are disabled for {problem.operator}: {wrong}. Please report this, "
+                "with what `python -m s3d_kernels.selfcheck` prints",
+                stacklevel=2,
+            )
+        return self._wrong[key]
 
     def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
         """Call a function of the library for the device of x, its first argument."""

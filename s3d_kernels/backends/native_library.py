@@ -39,6 +39,7 @@ class NativeLibrary:
         missing: why there may be no file at `path`.
         device_reason: why the present device cannot run it, or None.
         on_load: called with the library once it is loaded.
+        check_first_use: whether kernels are compared with `reference` before the first use of each in a process.
     """
 
     name: str
@@ -49,6 +50,7 @@ class NativeLibrary:
     missing: str
     device_reason: Callable[[], str | None] = lambda: None
     on_load: Callable[[Any], None] = lambda library: None
+    check_first_use: bool = False
 
     def why_not(self) -> str | None:
         """None if it can be used, otherwise the reason in a short sentence."""

@@ -6,7 +6,9 @@ and warps, which must give the same bits; shared memory is watched for races all
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import oracle
 import pytest
@@ -14,7 +16,10 @@ import torch
 from torch import Tensor
 
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, functional, use_backend
+from s3d_kernels.backends import BlocksProblem, ConvProblem, NormProblem, PoolProblem
+from s3d_kernels.backends.first_use import disagreement
 from s3d_kernels.backends.native import NativeBackend
+from s3d_kernels.backends.native_library import NativeLibrary
 
 from . import emulated_cuda
 from .test_native import BAD, arguments
@@ -130,6 +135,51 @@ def test_double_precision_is_refused_by_name(emulated: NativeBackend) -> None:
     x = BlockSparseTensor(torch.zeros(mask.num_blocks, 1, 1, 1, 2, dtype=torch.float64), mask)
     with pytest.raises(ValueError, match=r"it computes float32, bfloat16 and float16, not torch\.float64"):
         functional.sparse_conv3d(x, torch.zeros(2, 2, 1, 1, 1, dtype=torch.float64), backend=emulated.name)
+
+
+@pytest.mark.parametrize("operator", ["conv3d", "norm", "pool3d", "blocks"])
+def test_the_check_of_the_first_use(operator: str, emulated: NativeBackend) -> None:
+    """Right kernels pass in every dtype; each wrong one is named and disabled, with a warning."""
+    library = emulated._libraries["cpu"]
+    for dtype in library.dtypes:
+        assert disagreement(emulated, operator, dtype, torch.device("cpu")) is None
+    functions = {
+        "conv3d": ["conv3d", "conv3d_grad_input", "conv3d_grad_weight"],
+        "norm": ["norm_statistics", "norm_apply", "norm_grad_sums", "norm_grad_input"],
+        "pool3d": ["pool3d", "pool3d_grad"],
+        "blocks": ["gather_blocks", "scatter_blocks"],
+    }
+    problem = {
+        "conv3d": ConvProblem("cpu", torch.float32, 4, 4, 1, (3, 3, 3), (1, 1, 1), (1, 1, 1), (4, 4, 4), False),
+        "norm": NormProblem("cpu", torch.float32, 4, (4, 4, 4), False),
+        "pool3d": PoolProblem("cpu", torch.float32, 4, "avg", (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 4, 4), False),
+        "blocks": BlocksProblem("cpu", torch.float32, 4, (4, 4, 4), False),
+    }[operator]
+    for name in functions[operator]:
+        faulty = FaultyBackend(name, library)
+        with pytest.warns(UserWarning, match=f"native cpu kernels are disabled for {operator}: .* is wrong by"):
+            reason = faulty.why_not(problem)
+        assert reason is not None
+        assert "it gave wrong results on this machine" in reason
+        calls = faulty.calls
+        assert faulty.why_not(problem) == reason
+        assert faulty.calls == calls, "the check ran again"
+
+
+class FaultyBackend(NativeBackend):
+    """Emulated CUDA, one function of which is off by a little."""
+
+    def __init__(self, faulty: str, library: NativeLibrary) -> None:
+        super().__init__("faulty", {"cpu": dataclasses.replace(library, check_first_use=True)})
+        self.faulty = faulty
+        self.calls = 0
+
+    def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
+        super()._call(name, x, *arguments)
+        self.calls += 1
+        if name == self.faulty:
+            result = next(a for a in reversed(arguments) if isinstance(a, Tensor) and a.is_floating_point())
+            result.view(-1)[::7] += 0.1 * result.float().abs().mean()
 
 
 # What tables hold is not looked at, for that would wait for the GPU; there are no threads.

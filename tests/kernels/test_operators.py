@@ -153,19 +153,21 @@ def draw(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).to(torch.bfloat16).to(dtype)
 
 
-def run(case: Case, mask: BlockMask, dtype: torch.dtype, backend: str, masked: float = float("nan")) -> list[Tensor]:
+def run(
+    case: Case, mask: BlockMask, dtype: torch.dtype, backend: str, masked: float = float("nan"), device: str = "cpu"
+) -> list[Tensor]:
     """Output and gradients, with `masked` in every masked voxel of input and upstream gradient, dense and in blocks."""
-    visible = mask.to_dense()
-    x = torch.where(visible, draw((mask.batch, case.channels, *mask.shape), 1, dtype), masked).requires_grad_()
-    weights = [draw(s, 2 + i, dtype).requires_grad_() for i, s in enumerate(case.weights)]
+    x = torch.where(mask.to_dense(), draw((mask.batch, case.channels, *mask.shape), 1, dtype), masked)
+    x, mask = x.to(device).requires_grad_(), mask.to(device)
+    weights = [draw(s, 2 + i, dtype).to(device).requires_grad_() for i, s in enumerate(case.weights)]
     with use_backend(backend):
         y = case.sparse(_spoil(BlockSparseTensor.from_dense(x, mask), masked), weights)
         if y.mask.voxels is not None and y.blocks.requires_grad:
             shown = y.mask.voxels[..., None]
             y.blocks.register_hook(lambda grad: torch.where(shown, grad, masked))
-        upstream = torch.where(y.mask.to_dense(), draw(y.shape, 9, dtype), masked)
+        upstream = torch.where(y.mask.to_dense(), draw(y.shape, 9, dtype).to(device), masked)
         dense = y.to_dense()
-        return [dense.detach(), *torch.autograd.grad(dense, [x, *weights], upstream)]
+        return [t.cpu() for t in (dense.detach(), *torch.autograd.grad(dense, [x, *weights], upstream))]
 
 
 def _spoil(x: BlockSparseTensor, masked: float) -> BlockSparseTensor:

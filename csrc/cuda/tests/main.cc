@@ -7,6 +7,7 @@
 int main() {
   try {
     s3d::cuda::test::test_conv3d();
+    s3d::cuda::test::test_conv3d_fused();
   } catch (const std::exception& error) {
     std::printf("not expected: %s\n", error.what());
     return 1;

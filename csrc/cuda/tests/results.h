@@ -97,5 +97,6 @@ void check_result(const std::string& what, const Expected& expected, const Toler
 }
 
 void test_conv3d();
+void test_conv3d_fused();
 
 }  // namespace s3d::cuda::test

@@ -134,6 +134,12 @@ const Case kHaloCases[] = {
     {{1, {1, 2, 2}, kEight, kThree, kOne, kOne}, {8, 8, 1}, {0}},
 };
 
+// So few voxels that a tile has few steps: planes of the halo are brought while others are still on their way.
+const Case kSparse[] = {
+    {{1, {1, 1, 2}, {4, 8, 8}, kThree, kOne, kOne}, {168, 8, 1}, {1}},
+    {{2, {1, 2, 2}, kFour, kThree, kOne, kOne}, {8, 168, 1}, {1, 0.5}},
+};
+
 void check_case(const Case& c, uint64_t seed, double visible, bool only_halo) {
   Random random(seed);
   // Of one set of blocks and of two.
@@ -154,6 +160,9 @@ void test_conv3d() {
   }
   for (const Case& c : kHaloCases) {
     for (const double visible : {1.0, 0.6}) check_case(c, ++seed, visible, true);
+  }
+  for (const Case& c : kSparse) {
+    for (const double visible : {0.05, 0.02, 0.01}) check_case(c, ++seed, visible, true);
   }
 }
 

@@ -51,18 +51,6 @@ struct GatherTraits {
   static_assert(kTileM == kThreads, "a thread finds the sources of one voxel");
 };
 
-// What comes next: channels k_step of the lowest of `taps`.
-struct Step {
-  uint32_t taps;
-  int k_step;
-  __device__ int tap() const { return __ffs(static_cast<int>(taps)) - 1; }
-  __device__ void advance(int k_steps) {
-    if (++k_step < k_steps) return;
-    k_step = 0;
-    taps &= taps - 1;
-  }
-};
-
 __device__ __forceinline__ bool fragment_has(uint32_t rows, int fragment) {
   return (rows >> 16 * fragment & 0xFFFF) != 0;
 }

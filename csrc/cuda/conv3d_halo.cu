@@ -42,9 +42,9 @@
 //           pay on an A100: with 54 KiB of weights and a ring only one block of 4 warps fits its SM, and a single warp
 //           a scheduler hides nothing, where now three blocks do. With 64 channels to 64, two chunks: 56.6 MFLOP for
 //           75 + 216 KiB, 190 FLOP a byte. A step reads 4 KiB of rows and 2 or 4 KiB of weights a warp from shared
-//           memory for 32 or 64 mma of 4096 FLOP: 21 or 32 FLOP a byte, where an A100 needs 16. Counted by the emulator,
-//           all visible, 8 x 8 x 8 blocks: 83 KiB read for 256 voxels of 32 channels to 32 (conv3d_gather: 496), 273 for
-//           64 to 64 (1201); no bank conflicts. Not measured yet.
+//           memory for 32 or 64 mma of 4096 FLOP: 21 or 32 FLOP a byte, where an A100 needs 16. Counted by the
+//           emulator, all visible, 8 x 8 x 8 blocks: 83 KiB read for 256 voxels of 32 channels to 32 (conv3d_gather:
+//           496), 273 for 64 to 64 (1201); no bank conflicts. Not measured yet.
 // Source    Shared-memory tiling of a stencil with its halo (e.g. Micikevicius, GPGPU-2 2009), on tensor cores as an
 //           implicit matrix product.
 #include <algorithm>
@@ -81,7 +81,7 @@ struct HaloTraits : Tile<kWide> {
 
 // ConvFusion as the kernel sees it.
 struct Fusion {
-  SampleRows samples;
+  SampleOffsets samples;
   Global<const float> mean, scale, shift;
   float slope;
   Global<float> counts, moments;  // [tiles], [tiles, mean or squares, channels], or null

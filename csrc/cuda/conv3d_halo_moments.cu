@@ -9,8 +9,8 @@
 //           floats.
 // Numbers   Pairs of (count, mean, squares) are merged by the deviation of one mean from the other, in float; counts
 //           are integers. The order is fixed by the problem alone.
-// Expected  Reads 8 bytes a tile and channel, 64 times less than the convolution wrote in bf16: some microseconds, which
-//           the latency of a warp's chain of merges makes. Not measured yet.
+// Expected  Reads 8 bytes a tile and channel, 64 times less than the convolution wrote in bf16: some microseconds,
+//           which the latency of a warp's chain of merges makes. Not measured yet.
 // Source    Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (1979).
 #include "cuda/device.cuh"
 #include "cuda/halo.cuh"
@@ -38,7 +38,7 @@ struct Merged {
 
 template <bool kWide>
 __global__ void __launch_bounds__(32 * kWarps)
-    conv3d_halo_moments_kernel(SampleRows samples, int cuboids_of_block, int channels, Global<const float> counts,
+    conv3d_halo_moments_kernel(SampleOffsets samples, int cuboids_of_block, int channels, Global<const float> counts,
                                Global<const float> moments, Global<float> mean, Global<float> squares) {
   S3D_SHARED(int, shared_counts, 32 * kWarps);
   S3D_SHARED(float, shared_means, 32 * kWarps);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int warp = threadIdx.x / 32, sample = blockIdx.y;
   const int channel = static_cast<int>(blockIdx.x) * 32 + static_cast<int>(threadIdx.x % 32);
   const auto tile_of_sample = [&](int n) {
-    const int row = samples.offsets[n];
+    const int row = samples.rows[n];
     return first_tile<kWide>(static_cast<int64_t>(row) * cuboids_of_block, n);
   };
   Merged merged = {0, 0.0f, 0.0f};
@@ -85,7 +85,7 @@ void conv3d_halo_moments(const Window& window, const ConvChannels& channels, con
   const auto start = [&](auto kernel, const Halo& halo) {
     const dim3 grid(static_cast<unsigned>((written + 31) / 32), static_cast<unsigned>(fusion.samples));
     launch("conv3d_halo_moments", kernel, grid, 32 * kWarps, 0, stream,
-           SampleRows{fusion.samples, fusion.sample_offsets}, halo.cuboids_of_block(), written, fusion.partials,
+           SampleOffsets{fusion.samples, fusion.sample_offsets}, halo.cuboids_of_block(), written, fusion.partials,
            fusion.partials + halo_tiles(window, fusion.samples), mean, squares);
   };
   if (is_wide(window)) {

@@ -61,10 +61,10 @@ __device__ __forceinline__ Cuboid cuboid_at(const Halo& halo, int number) {
           w * Tile<kWide>::kSide};
 }
 
-// The rows of blocks of sample n: offsets[n] ... offsets[n + 1] - 1.
-struct SampleRows {
+// The rows of blocks of sample n: rows[n] ... rows[n + 1] - 1.
+struct SampleOffsets {
   int count;
-  Global<const int32_t> offsets;
+  Global<const int32_t> rows;
 };
 
 // At least the sample's share of all cuboids, rounded up: so each of its cuboids has a place, and no sum over the
@@ -87,20 +87,20 @@ struct TileRange {
 
 // All lanes of a warp together.
 template <bool kWide>
-__device__ __forceinline__ TileRange range_of_tile(const Halo& halo, const SampleRows& samples, int tile) {
+__device__ __forceinline__ TileRange range_of_tile(const Halo& halo, const SampleOffsets& samples, int tile) {
   const int of_block = halo.cuboids_of_block(), lane = threadIdx.x % 32;
   int started = 0;
   for (int first = 0; first < samples.count; first += 32) {
     const int n = first + lane;
     bool begun = false;
     if (n < samples.count) {
-      const int row = samples.offsets[n];
+      const int row = samples.rows[n];
       begun = first_tile<kWide>(static_cast<int64_t>(row) * of_block, n) <= tile;
     }
     started += __popc(__ballot_sync(0xFFFFFFFF, begun));
   }
   const int sample = started - 1;
-  const int row = samples.offsets[sample], end = samples.offsets[sample + 1];
+  const int row = samples.rows[sample], end = samples.rows[sample + 1];
   const int first = first_tile<kWide>(static_cast<int64_t>(row) * of_block, sample);
   return {row * of_block + (tile - first) * Tile<kWide>::kCuboids, end * of_block, sample};
 }

@@ -61,6 +61,18 @@ __device__ __forceinline__ void copy_weights(Shared<T> stage, Global<const T> pa
   }
 }
 
+// What comes next: channels k_step of the lowest of `taps`.
+struct Step {
+  uint32_t taps;
+  int k_step;
+  __device__ int tap() const { return __ffs(static_cast<int>(taps)) - 1; }
+  __device__ void advance(int k_steps) {
+    if (++k_step < k_steps) return;
+    k_step = 0;
+    taps &= taps - 1;
+  }
+};
+
 // sums += rows * columns for the warp's `fragments` of 16 rows, a bit each. rows(fragment, row, chunk): where in shared
 // memory a chunk of a row of a fragment is.
 template <typename T, Math kMath, int kFragments, int kColumns, typename Rows>

@@ -112,7 +112,7 @@ import pytest, s3d_kernels
 from s3d_kernels.backends import native
 
 assert pathlib.Path(s3d_kernels.__file__).is_relative_to(pathlib.Path.cwd()), s3d_kernels.__file__
-assert b"__asan_init" in native.LIBRARY.read_bytes(), "the library was built without AddressSanitizer"
+assert b"__asan_init" in native.CPU.path.read_bytes(), "the library was built without AddressSanitizer"
 options = ["-q", "-p", "no:cacheprovider", "--timeout=3000"]
 sys.exit(
     pytest.main([*options, "tests/kernels/test_native.py"])

@@ -1,59 +1,61 @@
-"""Backend "native" for CPU tensors: C++ kernels that compute pairs of visible voxels only, without a halo copy.
+"""Backend "native": compiled kernels that compute pairs of visible voxels only, without a halo copy.
 
-The library is built with the package (`csrc/cpu`) and found beside it. It picks the best instruction set of the
-processor when it is loaded. float32 and float64 are computed as they are; bfloat16 and float16 are read and written by
-the kernels themselves, computed in float32 and rounded once.
+For CPU tensors C++ (`csrc/cpu`), which picks the best instruction set of the processor when it is loaded. float32 and
+float64 are computed as they are; bfloat16 and float16 are read and written by the kernels themselves, computed in
+float32 and rounded once.
+
+For CUDA tensors CUDA C++ (`csrc/cuda`), for compute capability 8.0 and later. bfloat16 and float16 are multiplied on
+tensor cores, and so is float32 (as TF32) where `torch.backends.cudnn.allow_tf32` allows it; sums are float32.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
-
-LIBRARY = Path(__file__).parent.parent / "libs3d_cpu.so"
-
-
-SOURCES = Path(__file__).parents[2] / "csrc"  # beside an editable installation only
+from .native_library import PACKAGE, NativeLibrary
 
 
-@cache
-def _load() -> tuple[Any, str | None]:
-    """The library, or None and the reason why there is none."""
-    if not LIBRARY.exists():
-        return None, "the native CPU library was not built: no C++ compiler, or S3D_NATIVE=0, at installation"
-    try:
-        import tvm_ffi
-
-        library = tvm_ffi.load_module(str(LIBRARY))
-        sources, threads = str(library.sources()), bool(library.has_threads())
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = f"the native CPU library cannot be loaded: {str(error).splitlines()[0]}"
-        warnings.warn(f"{reason}; the slower torch backend computes", stacklevel=2)
-        return None, reason
-    if SOURCES.is_dir() and sources != _hash_of_sources():
-        reason = "the native CPU library was built from other sources than those in csrc: install again"
-        warnings.warn(f"{reason}; the slower torch backend computes", stacklevel=2)
-        return None, reason
-    if not threads:
+def _say_if_without_threads(library: Any) -> None:
+    if not bool(library.has_threads()):
         warnings.warn("the native CPU kernels were built without OpenMP and use one thread", stacklevel=2)
-    return library, None
 
 
-def _hash_of_sources() -> str:
-    """As in setup.py."""
-    digest = hashlib.sha256()
-    for folder in ("cpu", "include"):
-        for path in sorted(p for p in (SOURCES / folder).rglob("*") if p.suffix in (".h", ".inl", ".cc")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _too_old() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"its kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+CPU = NativeLibrary(
+    name="CPU",
+    path=PACKAGE / "libs3d_cpu.so",
+    folders=("cpu", "include"),
+    dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    setting=torch.get_num_threads,
+    missing="no C++ compiler, or S3D_NATIVE=0, at installation",
+    on_load=_say_if_without_threads,
+)
+
+CUDA = NativeLibrary(
+    name="CUDA",
+    path=PACKAGE / "libs3d_cuda.so",
+    folders=("cuda", "include"),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    setting=lambda: int(torch.backends.cudnn.allow_tf32),
+    missing="no nvcc, or S3D_CUDA=0, at installation",
+    device_reason=_too_old,
+)
 
 
 def instruction_sets() -> list[str]:
@@ -62,7 +64,7 @@ def instruction_sets() -> list[str]:
     Raises:
         RuntimeError: the library is not there; says why.
     """
-    return [str(name) for name in _library().instruction_sets()]
+    return [str(name) for name in CPU.functions().instruction_sets()]
 
 
 def instruction_set() -> str:
@@ -71,7 +73,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: the library is not there; says why.
     """
-    return str(_library().instruction_set())
+    return str(CPU.functions().instruction_set())
 
 
 def use_instruction_set(name: str) -> None:
@@ -81,7 +83,7 @@ def use_instruction_set(name: str) -> None:
         RuntimeError: the library is not there; says why.
         ValueError: the processor has no such set.
     """
-    _library().use_instruction_set(name)
+    CPU.functions().use_instruction_set(name)
 
 
 METHODS = ("auto", "direct", "winograd")
@@ -96,41 +98,43 @@ def use_method(name: str) -> None:
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {name!r}")
-    _library().use_method(METHODS.index(name))
-
-
-def _library() -> Any:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    return library
+    CPU.functions().use_method(METHODS.index(name))
 
 
 class NativeBackend:
-    """C++ with SIMD and threads, for CPU tensors."""
+    """The compiled kernels, by the device of the tensors."""
 
-    name = "native"
+    def __init__(self, name: str = "native", libraries: Mapping[str, NativeLibrary] | None = None) -> None:
+        self.name = name
+        self._libraries = libraries or {"cpu": CPU, "cuda": CUDA}
 
     def why_not(self, problem: Problem) -> str | None:
-        if problem.device != "cpu":
-            return f"its kernels are for CPU tensors, not {problem.device}"
-        if problem.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            return f"it computes float32, float64, bfloat16 and float16, not {problem.dtype}"
+        library = self._libraries.get(problem.device)
+        if library is None:
+            return f"its kernels are for {' and '.join(self._libraries)} tensors, not {problem.device}"
+        if problem.dtype not in library.dtypes:
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in library.dtypes)
+            return f"on {problem.device} it computes {', '.join(others)} and {last}, not {problem.dtype}"
         if isinstance(problem, ConvProblem) and min(problem.in_channels, problem.out_channels) < 1:
             return "it needs at least one channel"
-        return _load()[1]
+        return library.why_not()
+
+    def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
+        """Call a function of the library for the device of x, its first argument."""
+        library = self._libraries[x.device.type]
+        getattr(library.functions(), name)(x, *arguments, library.setting())
 
     # ---- convolution
 
     def conv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: WindowGeometry, groups: int) -> Tensor:
         y = _empty(x, len(geometry.target_index), *geometry.target_block, len(weight))
-        _library().conv3d(_in(x), _in(weight), _maybe(bias), *_window(geometry), groups, y, _threads())
+        self._call("conv3d", _in(x), _in(weight), _maybe(bias), *_window(geometry), groups, y)
         return y
 
     def conv3d_grad_input(self, grad: Tensor, weight: Tensor, geometry: WindowGeometry, groups: int) -> Tensor:
         rows = len(geometry.source_index)
         grad_x = _empty(grad, rows, *geometry.source_block, weight.shape[1] * groups)
-        _library().conv3d_grad_input(_in(grad), _in(weight), *_window(geometry), groups, grad_x, _threads())
+        self._call("conv3d_grad_input", _in(grad), _in(weight), *_window(geometry), groups, grad_x)
         return grad_x
 
     def conv3d_grad_weight(
@@ -138,14 +142,14 @@ class NativeBackend:
     ) -> tuple[Tensor, Tensor]:
         grad_weight = _empty(x, grad.shape[-1], x.shape[-1] // groups, *geometry.kernel_size)
         grad_bias = _empty(x, grad.shape[-1])
-        _library().conv3d_grad_weight(_in(grad), _in(x), *_window(geometry), groups, grad_weight, grad_bias, _threads())
+        self._call("conv3d_grad_weight", _in(grad), _in(x), *_window(geometry), groups, grad_weight, grad_bias)
         return grad_weight, grad_bias
 
     # ---- pooling
 
     def pool3d(self, x: Tensor, geometry: WindowGeometry, kind: PoolKind, divisor: int) -> Tensor:
         y = _empty(x, len(geometry.target_index), *geometry.target_block, x.shape[-1])
-        _library().pool3d(_in(x), *_placed_window(geometry), kind == "max", divisor, y, _threads())
+        self._call("pool3d", _in(x), *_placed_window(geometry), kind == "max", divisor, y)
         return y
 
     def pool3d_grad(
@@ -153,15 +157,15 @@ class NativeBackend:
     ) -> Tensor:
         grad_x = _empty(grad, len(geometry.source_index), *geometry.source_block, grad.shape[-1])
         values = _maybe(x) if kind == "max" else None
-        _library().pool3d_grad(_in(grad), values, *_placed_window(geometry), divisor, grad_x, _threads())
+        self._call("pool3d_grad", _in(grad), values, *_placed_window(geometry), divisor, grad_x)
         return grad_x
 
     # ---- normalisation
 
     def norm_statistics(self, x: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
         table = (geometry.batch, x.shape[-1])
-        mean, squares = (torch.empty(table, dtype=_table_dtype(x)) for _ in range(2))
-        _library().norm_statistics(_in(x), *_rows(geometry), mean, squares, _threads())
+        mean, squares = (torch.empty(table, dtype=_table_dtype(x), device=x.device) for _ in range(2))
+        self._call("norm_statistics", _in(x), *_rows(geometry), mean, squares)
         return mean, squares
 
     def norm_apply(
@@ -176,7 +180,7 @@ class NativeBackend:
     ) -> Tensor:
         y = _empty(x, *x.shape)
         tables = (_in(mean), _in(scale), _in(shift))
-        _library().norm_apply(_in(x), *tables, _maybe(residual), slope, *_rows(geometry), y, _threads())
+        self._call("norm_apply", _in(x), *tables, _maybe(residual), slope, *_rows(geometry), y)
         return y
 
     def norm_grad_sums(
@@ -213,8 +217,17 @@ class NativeBackend:
         of_grad, of_product = torch.empty_like(mean), torch.empty_like(mean)
         before = None if slope == 1.0 else _empty(x, *x.shape)
         tables = [_in(table) for table in (mean, rstd, scale, shift)]
-        _library().norm_grad_sums(
-            _in(grad), _in(x), _maybe(y), *tables, slope, *_rows(geometry), before, of_grad, of_product, _threads()
+        self._call(
+            "norm_grad_sums",
+            _in(grad),
+            _in(x),
+            _maybe(y),
+            *tables,
+            slope,
+            *_rows(geometry),
+            before,
+            of_grad,
+            of_product,
         )
         return grad if before is None else before, of_grad, of_product
 
@@ -231,7 +244,7 @@ class NativeBackend:
     ) -> Tensor:
         grad_x = _empty(x, *x.shape)
         tables = [_in(table) for table in (mean, rstd, scale, offset, slope)]
-        _library().norm_grad_input(_in(grad), _in(x), *tables, *_rows(geometry), grad_x, _threads())
+        self._call("norm_grad_input", _in(grad), _in(x), *tables, *_rows(geometry), grad_x)
         return grad_x
 
     # ---- dense <-> blocks
@@ -239,13 +252,13 @@ class NativeBackend:
     def gather_blocks(self, dense: Tensor, geometry: BlockGeometry) -> Tensor:
         blocks = _empty(dense, len(geometry.index), *geometry.block, dense.shape[1])
         index, voxels = geometry.index, _flags(geometry.voxels)
-        _library().gather_blocks(dense.detach(), index, voxels, blocks, _threads())
+        self._call("gather_blocks", dense.detach(), index, voxels, blocks)
         return blocks
 
     def scatter_blocks(self, blocks: Tensor, fill: Tensor, geometry: BlockGeometry) -> Tensor:
         dense = _empty(blocks, geometry.batch, *geometry.shape, blocks.shape[-1])
         index, voxels = geometry.index, _flags(geometry.voxels)
-        _library().scatter_blocks(_in(blocks), _in(fill), index, voxels, dense, _threads())
+        self._call("scatter_blocks", _in(blocks), _in(fill), index, voxels, dense)
         return dense.permute(0, 4, 1, 2, 3)
 
 
@@ -263,11 +276,7 @@ def _maybe(x: Tensor | None) -> Tensor | None:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype)
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _flags(voxels: Tensor | None) -> Tensor | None:

@@ -112,12 +112,14 @@ def check_kernels(nvcc: str, architecture: str, folder: Path) -> None:
         for kernel in kernels_of(compile_cubin(nvcc, source, architecture, folder)):
             where = f"{kernel.name} for {architecture}"
             assert kernel.stack_bytes == 0, f"{where} uses local memory"
-            if not re.search("conv3d_(gather|halo)_kernel", kernel.name):
+            if not re.search("conv3d_(gather|halo|pairs|grad_weight)_kernel", kernel.name):
                 continue
             assert re.search(INSTRUCTIONS[2], kernel.sass), f"{where}: no asynchronous copies of 16 bytes"
             exact = "MathE1E" in kernel.name
             assert bool(re.search(INSTRUCTIONS[0], kernel.sass)) != exact, f"{where}: tensor cores"
-            assert exact or re.search(INSTRUCTIONS[1], kernel.sass), f"{where}: no ldmatrix"
+            # ldmatrix does not transpose float, so the gradient of the weight loads it number by number.
+            if not exact and not ("grad_weight" in kernel.name and "kernelIf" in kernel.name):
+                assert re.search(INSTRUCTIONS[1], kernel.sass), f"{where}: no ldmatrix"
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -324,9 +325,9 @@ def test_bad_arguments_are_exceptions(name: str) -> None:
     change, error, message = BAD[name]
     given = arguments()
     assert len(given["x"]) == 4  # type: ignore[arg-type]
-    native._library().conv3d(*given.values())
+    native.CPU.functions().conv3d(*given.values())
     with pytest.raises(error, match=message):
-        native._library().conv3d(*{**given, **change}.values())
+        native.CPU.functions().conv3d(*{**given, **change}.values())
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -358,7 +359,7 @@ def test_windows_beyond_the_table_are_refused() -> None:
     sizes[10:13], sizes[16:19] = [19, 3, 3], [9, 1, 1]
     given.update(sizes=sizes, weight=torch.randn(7, 5, 19, 3, 3))
     with pytest.raises(ValueError, match="the table does not reach"):
-        native._library().conv3d(*given.values())
+        native.CPU.functions().conv3d(*given.values())
 
 
 def test_unknown_names_are_refused() -> None:
@@ -369,15 +370,11 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    native._load.cache_clear()
-    monkeypatch.setattr(native, "LIBRARY", native.LIBRARY.with_name("absent.so"))
+    absent = dataclasses.replace(native.CPU, path=native.CPU.path.with_name("absent.so"))
+    monkeypatch.setitem(REGISTRY, "native", native.NativeBackend(libraries={"cpu": absent}))
     x = BlockSparseTensor.from_dense(torch.randn(1, 2, 8, 8, 8), BlockMask.random(1, 2, 4, 0.5), "torch")
-    try:
-        with pytest.raises(ValueError, match="was not built: no C\\+\\+ compiler, or S3D_NATIVE=0"):
-            functional.sparse_conv3d(x, torch.randn(2, 2, 1, 1, 1), backend="native")
-    finally:
-        monkeypatch.undo()
-        native._load.cache_clear()
+    with pytest.raises(ValueError, match="was not built: no C\\+\\+ compiler, or S3D_NATIVE=0"):
+        functional.sparse_conv3d(x, torch.randn(2, 2, 1, 1, 1), backend="native")
 
 
 @pytest.mark.slow

@@ -6,6 +6,10 @@
 
 int main() {
   try {
+    s3d::cuda::test::test_table();
+    s3d::cuda::test::test_blocks();
+    s3d::cuda::test::test_norm();
+    s3d::cuda::test::test_pool();
     s3d::cuda::test::test_conv3d();
     s3d::cuda::test::test_conv3d_fused();
   } catch (const std::exception& error) {

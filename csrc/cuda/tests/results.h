@@ -98,5 +98,9 @@ void check_result(const std::string& what, const Expected& expected, const Toler
 
 void test_conv3d();
 void test_conv3d_fused();
+void test_norm();
+void test_table();
+void test_pool();
+void test_blocks();
 
 }  // namespace s3d::cuda::test

@@ -41,7 +41,7 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
   Operand<T> out_bias(with_bias ? random.values(c.out) : std::vector<double>(), "bias");
   Operand<T> in_bias(with_bias ? random.values(c.in) : std::vector<double>(), "bias");
 
-  Expected y(p.target.size() * c.out), grad_x(p.source.size() * c.in);
+  Expected y(p.target.size() * c.out), grad_x(p.source.size() * c.in), grad_weight(c.out * in_group * taps);
   add_bias(p.target, out_bias.read, y);
   add_bias(p.source, in_bias.read, grad_x);
   for (const Pair& pair : p.pairs) {
@@ -51,6 +51,7 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
         const int64_t at_w = (o * in_group + i) * taps + pair.tap;
         y.add(at_y, weight.read[at_w] * x.read[at_x]);
         grad_x.add(at_x, weight.read[at_w] * grad.read[at_y]);
+        grad_weight.add(at_w, grad.read[at_y] * x.read[at_x]);
       }
     }
   }
@@ -69,6 +70,20 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
       check_result<T>("conv3d_gather" + direction + name, expected, tolerance<T>(math), [&](T* written) {
         conv3d_gather<T>(window, channels, math, gathered.device.data(), packed.data(), added, written, nullptr);
       });
+      if (conv3d_pairs_applies(window, channels)) {
+        const int64_t sums = conv3d_pairs_partial_sums<T>(window, channels);
+        emulator::take_launches();
+        check_result<T>("conv3d_pairs" + direction + name, expected, tolerance<T>(math), [&](T* written) {
+          DeviceBuffer<float> partial(sums, "partial sums");
+          for (size_t i = 0; i < partial.size(); ++i) partial[i] = std::nanf("");
+          conv3d_pairs<T>(window, channels, math, gathered.device.data(), packed.data(), added, partial.data(), written,
+                          nullptr);
+        });
+        for (const emulator::LaunchRecord& launch : emulator::take_launches()) {
+          if (launch.kernel != "conv3d_pairs") continue;
+          CHECK_EQUAL(launch.counters.useful_flops, 2 * static_cast<int64_t>(p.pairs.size()) * c.in * out_group);
+        }
+      }
     }
     const bool halo = conv3d_halo_applies(window, channels);
     CHECK(halo || !only_halo);
@@ -88,6 +103,13 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
   };
   check(" ", p.forward, x, out_bias, y);
   check(" transposed ", p.transposed, grad, in_bias, grad_x);
+  if (only_halo) return;
+  check_result<T>("conv3d_grad_weight " + name, grad_weight, tolerance<T>(math), [&](T* written) {
+    DeviceBuffer<float> partial(conv3d_grad_weight_partial_sums(p.forward, channels), "partial sums");
+    for (size_t i = 0; i < partial.size(); ++i) partial[i] = std::nanf("");
+    conv3d_grad_weight<T>(p.forward, channels, math, grad.device.data(), x.device.data(), partial.data(), written,
+                          nullptr);
+  });
 }
 
 struct Case {
@@ -116,6 +138,13 @@ const Case kCases[] = {
     {{1, {2, 2, 2}, kFour, kThree, kTwo, kOne}, {8, 8, 8}, {0.8}},
     {{1, {2, 2, 2}, kFour, kThree, kOne, kOne}, {1, 32, 1}, {0.8}},
     {{2, {2, 2, 2}, kTwo, kThree, kOne, kOne}, {8, 8, 1}, {0, 0}},
+    // Lists of pairs: taps in splits, more taps than a bit mask has, groups, odd channels.
+    {{2, {2, 3, 2}, kTwo, kThree, kOne, kOne}, {64, 70, 1}, {0.6, 0.3}},
+    {{1, {3, 4, 3}, kOne, kFive, kOne, kTwo}, {40, 48, 1}, {0.5}},
+    {{2, {3, 2, 2}, kTwo, kThree, kOne, kOne}, {80, 96, 2}, {0.5, 0.7}},
+    {{1, {6, 6, 5}, {1, 2, 2}, kThree, kOne, kOne}, {36, 33, 1}, {0.7}},
+    // Voxels of more than one part of the gradient of the weight.
+    {{1, {2, 2, 3}, {8, 8, 8}, {1, 1, 2}, kOne, kNone}, {8, 8, 1}, {0.9}},
 };
 
 // For conv3d_halo; it computes some of the others, too.

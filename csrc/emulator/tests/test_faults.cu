@@ -57,6 +57,17 @@ __global__ void read_then_write_kernel(int writer, bool sync) {
   if (static_cast<int>(threadIdx.x) == writer) value[0] = same + 1;
 }
 
+// Each warp's lanes read before a barrier; behind it thread 0 alone reads and writes, or thread `reader` reads too.
+__global__ void read_barrier_write_kernel(int reader) {
+  S3D_SHARED(int, value, 1);
+  if (threadIdx.x == 0) value[0] = 0;
+  __syncthreads();
+  int read = value[0];
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) == reader) read += value[0];
+  if (threadIdx.x == 0) value[0] += read + 1;
+}
+
 __global__ void matrix_then_write_kernel(bool sync) {
   S3D_SHARED(uint16_t, tile, 8 * 8);
   for (int i = threadIdx.x; i < 8 * 8; i += 32) tile[i] = 0;
@@ -207,6 +218,11 @@ void planted_races() {
   }
   expect_fault("write after reads of two warps", {FaultKind::kRace}, {"read_then_write"},
                [] { launch("read_then_write", read_then_write_kernel, 1, 64, 0, nullptr, 40, true); });
+  for (const int threads : {32, 64}) {
+    launch("read_barrier_write", read_barrier_write_kernel, 1, threads, 0, nullptr, 0);
+    expect_fault("read of another thread behind the barrier", {FaultKind::kRace}, {"read_barrier_write"},
+                 [=] { launch("read_barrier_write", read_barrier_write_kernel, 1, threads, 0, nullptr, threads - 1); });
+  }
   launch("matrix_then_write", matrix_then_write_kernel, 1, 32, 0, nullptr, true);
   expect_fault("write after ldmatrix", {FaultKind::kRace}, {"thread (2, 0, 0)", "since the read"},
                [] { launch("matrix_then_write", matrix_then_write_kernel, 1, 32, 0, nullptr, false); });

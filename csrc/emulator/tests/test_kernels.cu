@@ -140,6 +140,44 @@ void check_compact(int n, int threads) {
   set_options({});
 }
 
+// Counts down a tree: what threads read before a barrier no longer matters behind it, whether they were lanes of the
+// writer's warp or of another one, and whether all lanes read or one. `sync`: a __syncwarp comes between as well.
+__global__ void tree_kernel(Global<int> out, bool sync) {
+  S3D_SHARED(int, values, 64);
+  S3D_SHARED(int, counts, 64);
+  const int thread = threadIdx.x;
+  values[thread] = thread;
+  counts[thread] = 1;
+  __syncthreads();
+  int seen = 0;
+  for (int half = 32; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) seen += counts[i];  // everybody reads what one thread changes next
+    if (thread < half) values[thread] += values[thread + half];
+    if (sync) __syncwarp();
+    __syncthreads();
+    if (thread < half) counts[thread] += counts[thread + half];
+    __syncthreads();
+    if (thread % 32 == 31) seen += values[0];  // a lane, before another one of its warp reads and writes
+    __syncthreads();
+    if (thread == 1) values[0] += 1;
+    __syncthreads();
+  }
+  out[thread] = thread == 0 ? values[0] : seen;
+}
+
+void check_tree() {
+  for (const bool sync : {false, true}) {
+    for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+      set_options({seed, true});
+      DeviceBuffer<int> out(64);
+      launch("tree", tree_kernel, 1, 64, 0, nullptr, out.data(), sync);
+      CHECK_EQUAL(out[0], 63 * 32 + 6);
+      CHECK_EQUAL(out[1], 6 * 32);
+    }
+  }
+  set_options({});
+}
+
 // Each lane's results of the warp's functions, in a block of two whole warps and half of one.
 __global__ void warp_kernel(Global<int> out) {
   const int lane = threadIdx.x % 32, thread = threadIdx.x;
@@ -243,6 +281,7 @@ void test_kernels() {
   check_sum(5000, 256);
   check_sum(77, 1024);
   check_compact(200, 224);
+  check_tree();
   check_warp_functions();
   check_histogram();
 }

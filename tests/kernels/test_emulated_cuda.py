@@ -1,0 +1,159 @@
+"""The CUDA kernels behind Python, run by the emulator as one more device: the cases of the other backends.
+
+Volumes are small, for a GPU's threads run one after the other here. Every mask is computed with two orders of blocks
+and warps, which must give the same bits; shared memory is watched for races all the while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, functional, use_backend
+from s3d_kernels.backends.native import NativeBackend
+
+from . import emulated_cuda
+from .test_native import BAD, arguments
+from .test_operators import CASES, TOLERANCE, Case, assert_close, draw, expected, run, seeded, tolerances
+
+SEEDS = (0, 1)
+TF32 = 1e-3
+
+MASKS: dict[str, Callable[[], BlockMask]] = {
+    "side 8": lambda: BlockMask.random(1, (1, 1, 2), 8, 0.5, seeded(0)),
+    "side 4, unequal": lambda: BlockMask.random(2, (1, 2, 2), 4, (0.25, 0.75), seeded(1)),
+    "side 2": lambda: BlockMask.random(2, (2, 3, 2), 2, 0.6, seeded(2)),
+    "side 1": lambda: BlockMask.random(2, (3, 4, 3), 1, 0.7, seeded(3)),
+    "anisotropic": lambda: BlockMask.random(2, (3, 1, 2), (1, 4, 6), 0.5, seeded(4)),
+    "empty sample": lambda: BlockMask.from_grid(torch.tensor([1, 0, 0, 0, 1, 1]).view(3, 1, 2, 1) > 0, 4),
+    "nothing": lambda: BlockMask.random(2, (1, 1, 2), 4, 1.0),
+    "voxels": lambda: BlockMask.from_voxels(torch.rand(1, 5, 6, 7, generator=seeded(5)) < 0.3, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def emulated(pytestconfig: pytest.Config) -> Iterator[NativeBackend]:
+    assert pytestconfig.cache is not None
+    backend = emulated_cuda.backend(emulated_cuda.build(pytestconfig.cache.mkdir("emulated_cuda")))
+    backends.register(backend, first=False)
+    yield backend
+    del REGISTRY[backend.name]
+    backends._chosen.clear()
+
+
+def check(
+    emulated: NativeBackend, case: Case, mask: BlockMask, dtype: torch.dtype, allowed: float | None, what: str
+) -> None:
+    """Compare with the oracle, and one order of warps with another."""
+    truth = expected(case, mask)
+    tolerance = tolerances(case, mask, dtype, truth) if allowed is None else [allowed] * len(truth)
+    results = []
+    for seed in SEEDS:
+        emulated_cuda.use_seed(emulated, seed)
+        results.append(run(case, mask, dtype, emulated.name))
+    for i, (first, second, b) in enumerate(zip(*results, truth, strict=True)):
+        assert torch.equal(first, second), f"{what}, result {i}: other bits with other seeds"
+        assert_close(first, b, dtype, tolerance[i], f"{what}, result {i}")
+
+
+def fits(case: Case, mask: BlockMask) -> bool:
+    return not (case.needs_even and any(side % 2 for side in mask.shape))
+
+
+# A kernel of 7 is a kernel of 5 that takes four times as long here.
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "conv 7"], ids=lambda c: c.name)
+def test_against_the_oracle(case: Case, emulated: NativeBackend) -> None:
+    with emulated_cuda.exactly():
+        for name, make in MASKS.items():
+            mask = make()
+            if fits(case, mask):
+                check(emulated, case, mask, torch.float32, None, name)
+    assert emulated_cuda.take_launches(emulated), "the emulator ran nothing"
+
+
+FEW_MASKS = ("side 4, unequal", "side 1", "voxels")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "conv 7"], ids=lambda c: c.name)
+def test_half_precision(case: Case, dtype: torch.dtype, emulated: NativeBackend) -> None:
+    for name in FEW_MASKS:
+        mask = MASKS[name]()
+        if fits(case, mask):
+            check(emulated, case, mask, dtype, None, name)
+
+
+def test_tf32_is_used_where_torch_allows_it(emulated: NativeBackend) -> None:
+    case, mask = CASES[0], MASKS["side 4, unequal"]()
+    # Values that bfloat16 holds are exact in TF32, and so are their products.
+    x = torch.randn(mask.batch, 4, *mask.shape, generator=seeded(7))
+    weight = torch.randn(6, 4, 3, 3, 3, generator=seeded(8))
+    truth = oracle.conv3d(x.double(), mask.to_dense(), weight.double(), None, (1, 1, 1), (1, 1, 1), 1)
+    errors = {}
+    for allowed in (True, False):
+        with torch.backends.cudnn.flags(allow_tf32=allowed), use_backend(emulated.name):
+            y = functional.sparse_conv3d(BlockSparseTensor.from_dense(x, mask), weight, None, 1, 1).to_dense()
+        errors[allowed] = float((y - truth).norm() / truth.norm())
+    assert errors[False] < TOLERANCE[torch.float32] < errors[True] < TF32
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        check(emulated, case, mask, torch.float32, TF32, "TF32")
+
+
+@pytest.mark.parametrize("channels", [(33, 40), (1, 32), (72, 8)], ids=str)
+@pytest.mark.parametrize("name", ["side 4, unequal", "side 2", "side 1"])
+def test_channel_counts(channels: tuple[int, int], name: str, emulated: NativeBackend) -> None:
+    case = Case(
+        "conv channels",
+        lambda x, w: functional.sparse_conv3d(x, w[0], w[1], 1, 1),
+        lambda x, m, w: oracle.conv3d(x, m, w[0], w[1], (1, 1, 1), (1, 1, 1), 1),
+        ((channels[1], channels[0], 3, 3, 3), (channels[1],)),
+        channels[0],
+    )
+    check(emulated, case, MASKS[name](), torch.bfloat16, None, name)
+
+
+def test_statistics_are_safe_far_from_zero(emulated: NativeBackend) -> None:
+    mask = MASKS["voxels"]()
+    x = torch.randn(mask.batch, 3, *mask.shape, generator=seeded(0)) + 1e4
+    with use_backend(emulated.name):
+        y = functional.sparse_instance_norm(BlockSparseTensor.from_dense(x, mask)).to_dense()
+    truth = oracle.norm(x.double(), mask.to_dense(), None, None, 1e-5, 3)
+    assert float((y - truth).norm() / truth.norm()) < 1e-6 * 1e4 / 4
+
+
+def test_double_precision_is_refused_by_name(emulated: NativeBackend) -> None:
+    mask = MASKS["side 1"]()
+    x = BlockSparseTensor(torch.zeros(mask.num_blocks, 1, 1, 1, 2, dtype=torch.float64), mask)
+    with pytest.raises(ValueError, match=r"it computes float32, bfloat16 and float16, not torch\.float64"):
+        functional.sparse_conv3d(x, torch.zeros(2, 2, 1, 1, 1, dtype=torch.float64), backend=emulated.name)
+
+
+# What tables hold is not looked at, for that would wait for the GPU; there are no threads.
+@pytest.mark.parametrize("name", [n for n in BAD if n not in ("row that is not there", "negative row", "threads")])
+def test_bad_arguments_are_exceptions(name: str, emulated: NativeBackend) -> None:
+    change, error, message = BAD[name]
+    given = arguments()
+    library = emulated._libraries["cpu"].functions()
+    library.conv3d(*given.values())
+    with pytest.raises(error, match=message):
+        library.conv3d(*{**given, **change}.values())
+
+
+def test_a_table_that_leads_outside_is_found_by_the_emulator(emulated: NativeBackend) -> None:
+    """Where a GPU would read what is not its own."""
+    given = {**arguments(), "table": torch.full((4, 27), 4, dtype=torch.int32)}
+    with pytest.raises(RuntimeError, match=r"conv3d_gather.*outside"):
+        emulated._libraries["cpu"].functions().conv3d(*given.values())
+
+
+def test_nothing_is_copied_from_torch_beyond_its_values(emulated: NativeBackend) -> None:
+    """Dense volumes of any strides are read where they lie."""
+    mask = MASKS["side 4, unequal"]()
+    dense = draw((mask.batch, 3, *(2 * side for side in mask.shape)), 1, torch.float32)[..., ::2, 1::2, ::2]
+    with use_backend(emulated.name):
+        got: Tensor = BlockSparseTensor.from_dense(dense, mask).blocks
+    assert torch.equal(got, BlockSparseTensor.from_dense(dense.contiguous(), mask).blocks)

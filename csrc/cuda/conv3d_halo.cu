@@ -70,8 +70,7 @@ struct HaloTraits : Tile<kWide> {
   static constexpr int kWarps = 4, kStages = 3;
   static constexpr int kFragments = 4;  // of 16 rows, of a warp
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRing = kWide ? 8 : 7;        // planes
-  static constexpr int kLineLanes = kWide ? 16 : 8;  // that look for the sources of a line of at most kSide + 2
+  static constexpr int kRing = kWide ? 8 : 7;  // planes
   static constexpr int kSlotsAtOnce = kThreads / kRowChunks;  // that all threads copy
   static constexpr int kStageElements = kColumns * kTileK<T>;
   static constexpr int kStagesBytes = kStages * kStageElements * static_cast<int>(sizeof(T));
@@ -201,9 +200,7 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
   const Shared<int> sources = dynamic_shared<int>(Traits::kStagesBytes, all_slots);
   const Shared<T> slots = dynamic_shared<T>(Traits::kStagesBytes + 4 * all_slots, ring_slots * kTileK<T>);
   S3D_SHARED(Cuboid, cuboids, kCuboids);
-  // Bit x: voxel x of the halo's line is there. With this pitch lines of different offsets are in different banks.
-  constexpr int kLinePitch = kSide + 2;
-  S3D_SHARED(uint32_t, lines, (Traits::kDepth + 2) * kCuboids * kLinePitch);
+  S3D_SHARED(uint32_t, lines, Traits::kLineWords);
   S3D_SHARED(uint32_t, offsets_of_warp, Traits::kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int parts = product.groups * product.n_tiles;
@@ -223,31 +220,10 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
   }
   __syncthreads();
 
-  // The sources of the halo, some lines at once in a warp.
-  constexpr int kLinesAtOnce = 32 / Traits::kLineLanes;
-  for (int first = warp * kLinesAtOnce; first < halo.planes * kCuboids * halo.lines;
-       first += Traits::kWarps * kLinesAtOnce) {
-    const int line = first + lane / Traits::kLineLanes, x = lane % Traits::kLineLanes;
-    const int slice = line / halo.lines, y = line % halo.lines;  // a plane of one cuboid
-    const Cuboid at = load<Cuboid>(cuboids + slice % kCuboids);
-    int source = -1;
-    if (at.row >= 0 && x < halo.pitch) {
-      source = voxel_at(window, at.row, at.d + slice / kCuboids - window.d.padding, at.h + y - window.h.padding,
-                        at.w + x - window.w.padding);
-    }
-    if (x < halo.pitch) sources[line * halo.pitch + x] = source;
-    const uint32_t found = __ballot_sync(kAll, source >= 0);
-    if (x == 0) lines[slice * kLinePitch + y] = found >> lane & ((1u << Traits::kLineLanes) - 1);
-  }
-
+  find_sources<kWide>(window, halo, cuboids, sources, lines);
   // The warp's rows.
   const Cuboid own = load<Cuboid>(cuboids + (kWide ? 0 : warp));
-  const auto voxel_of = [&](int row) {
-    const int z = kWide ? warp : row / 16, y = row / kSide % kSide, x = row % kSide;
-    const int plane = own.row * window.d.written_side + own.d + z;
-    const int voxel = (plane * window.h.written_side + own.h + y) * window.w.written_side + own.w + x;
-    return own.row < 0 ? -1 : voxel;
-  };
+  const auto voxel_of = [&](int row) { return written_voxel<kWide>(window, own, warp * 64 + row); };
   uint32_t visible_rows[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -267,7 +243,7 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
 #pragma unroll
     for (int i = 0; i < 64 / kSide; ++i) {
       const int slice = kWide ? warp + offset.d : (i / kSide + offset.d) * kCuboids + warp;
-      const uint32_t found = lines[slice * kLinePitch + i % kSide + offset.h];
+      const uint32_t found = lines[slice * Traits::kLinePitch + i % kSide + offset.h];
       const uint32_t rows = visible_rows[i * kSide / 32] >> i * kSide % 32 & ((1u << kSide) - 1);
       pairs += __popc(found >> offset.w & rows);
       if ((found >> offset.w & rows) != 0) about_offset |= 1u << i * kSide / 16;

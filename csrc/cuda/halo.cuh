@@ -20,6 +20,9 @@ template <bool kWide>
 struct Tile {
   static constexpr int kCuboids = kWide ? 1 : 4, kDepth = 4, kSide = kWide ? 8 : 4;
   static constexpr int kVoxels = kCuboids * kDepth * kSide * kSide;
+  static constexpr int kLineLanes = kWide ? 16 : 8;  // that look for the sources of a line of at most kSide + 2
+  // Words of lines of the halo: with this pitch those of different offsets are in different banks.
+  static constexpr int kLinePitch = kWide ? 11 : 6, kLineWords = (kDepth + 2) * kCuboids * kLinePitch;
 };
 
 // Whether tiles are (4, 8, 8), with fewer slots than four (4, 4, 4).
@@ -103,6 +106,40 @@ __device__ __forceinline__ TileRange range_of_tile(const Halo& halo, const Sampl
   const int row = samples.rows[sample], end = samples.rows[sample + 1];
   const int first = first_tile<kWide>(static_cast<int64_t>(row) * of_block, sample);
   return {row * of_block + (tile - first) * Tile<kWide>::kCuboids, end * of_block, sample};
+}
+
+// By all warps of the block: the gathered voxel of each slot, or -1, and a word for each line, whose bit x tells
+// whether its voxel x is there. Slots lie [plane, cuboid, line, voxel], words [plane, cuboid, line] with pitch kLinePitch.
+template <bool kWide>
+__device__ __forceinline__ void find_sources(const WindowView& window, const Halo& halo, Shared<Cuboid> cuboids,
+                                             Shared<int> sources, Shared<uint32_t> lines) {
+  using Shape = Tile<kWide>;
+  constexpr int kLinesAtOnce = 32 / Shape::kLineLanes;  // of a warp
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int first = warp * kLinesAtOnce; first < halo.planes * Shape::kCuboids * halo.lines;
+       first += warps * kLinesAtOnce) {
+    const int line = first + lane / Shape::kLineLanes, x = lane % Shape::kLineLanes;
+    const int slice = line / halo.lines, y = line % halo.lines;  // a plane of one cuboid
+    const Cuboid at = load<Cuboid>(cuboids + slice % Shape::kCuboids);
+    int source = -1;
+    if (at.row >= 0 && x < halo.pitch) {
+      source = voxel_at(window, at.row, at.d + slice / Shape::kCuboids - window.d.padding,
+                        at.h + y - window.h.padding, at.w + x - window.w.padding);
+    }
+    if (x < halo.pitch) sources[line * halo.pitch + x] = source;
+    const uint32_t found = __ballot_sync(0xFFFFFFFF, source >= 0);
+    if (x == 0) lines[slice * Shape::kLinePitch + y] = found >> lane & ((1u << Shape::kLineLanes) - 1);
+  }
+}
+
+// The written voxel of a row of the tile, 0 ... kVoxels - 1, that lies in `cuboid`; -1: there is no such cuboid.
+template <bool kWide>
+__device__ __forceinline__ int written_voxel(const WindowView& window, const Cuboid& cuboid, int row) {
+  constexpr int kSide = Tile<kWide>::kSide;
+  const int z = row / (kSide * kSide) % Tile<kWide>::kDepth, y = row / kSide % kSide, x = row % kSide;
+  const int plane = cuboid.row * window.d.written_side + cuboid.d + z;
+  const int voxel = (plane * window.h.written_side + cuboid.h + y) * window.w.written_side + cuboid.w + x;
+  return cuboid.row < 0 ? -1 : voxel;
 }
 
 // The chunk of a slot that comes first: what a phase of ldmatrix reads, eight slots of a line or four of each of two

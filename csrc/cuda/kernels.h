@@ -92,6 +92,17 @@ template <typename T>
 void conv3d_grad_weight(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x,
                         float* partial, T* grad_weight, cudaStream_t stream);
 
+// ---- conv3d_grad_weight_halo.cu: the same with less traffic, where conv3d_halo_applies to the forward window.
+
+// Floats that conv3d_grad_weight_halo needs to work with.
+template <typename T>
+int64_t conv3d_grad_weight_halo_partial_sums(const Window& window, const ConvChannels& channels);
+
+// As conv3d_grad_weight.
+template <typename T>
+void conv3d_grad_weight_halo(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x,
+                             float* partial, T* grad_weight, cudaStream_t stream);
+
 // ---- norm.cu. Tables are [samples, channels] in float.
 
 // Rows of a block-compact tensor, sample by sample.

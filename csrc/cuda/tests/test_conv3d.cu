@@ -103,6 +103,25 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
   };
   check(" ", p.forward, x, out_bias, y);
   check(" transposed ", p.transposed, grad, in_bias, grad_x);
+  if (conv3d_halo_applies(p.forward, channels)) {
+    emulator::take_launches();
+    int calls = 0;
+    check_result<T>("conv3d_grad_weight_halo " + name, grad_weight, tolerance<T>(math), [&](T* written) {
+      // On a large GPU and on a small one, which has fewer buffers.
+      if (calls++ > 0) emulator::set_options({1, true, 99 << 10});
+      DeviceBuffer<float> partial(conv3d_grad_weight_halo_partial_sums<T>(p.forward, channels), "partial sums");
+      for (size_t i = 0; i < partial.size(); ++i) partial[i] = std::nanf("");
+      conv3d_grad_weight_halo<T>(p.forward, channels, math, grad.device.data(), x.device.data(), partial.data(),
+                                 written, nullptr);
+    });
+    const bool whole = in_group % 8 == 0 && out_group % 8 == 0;
+    for (const emulator::LaunchRecord& launch : emulator::take_launches()) {
+      if (launch.kernel != "conv3d_grad_weight_halo") continue;
+      CHECK_EQUAL(whole ? launch.counters.shared_read_conflicts : 0, 0);
+      CHECK_EQUAL(whole ? launch.counters.shared_write_conflicts : 0, 0);
+      CHECK_EQUAL(launch.counters.useful_flops, 2 * static_cast<int64_t>(p.pairs.size()) * c.in * out_group);
+    }
+  }
   if (only_halo) return;
   check_result<T>("conv3d_grad_weight " + name, grad_weight, tolerance<T>(math), [&](T* written) {
     DeviceBuffer<float> partial(conv3d_grad_weight_partial_sums(p.forward, channels), "partial sums");
@@ -122,7 +141,7 @@ constexpr Triple kNone = {0, 0, 0}, kOne = {1, 1, 1}, kTwo = {2, 2, 2}, kThree =
                  kFive = {5, 5, 5}, kEight = {8, 8, 8};
 
 const Case kCases[] = {
-    {{2, {2, 3, 3}, kFour, kThree, kOne, kOne}, {32, 64, 1}, {0.6, 0.2}},
+    {{2, {2, 3, 3}, kFour, kThree, kOne, kOne}, {32, 64, 1}, {0.4, 0.2}},
     {{3, {3, 3, 2}, kTwo, kThree, kOne, kOne}, {40, 24, 1}, {0.7, 0, 0.4}},
     {{1, {6, 6, 6}, kOne, kThree, kOne, kOne}, {72, 80, 1}, {0.5}},
     {{2, {1, 2, 2}, {4, 8, 8}, {1, 3, 3}, kOne, {0, 1, 1}}, {7, 5, 1}, {0.8, 0.4}},
@@ -150,7 +169,7 @@ const Case kCases[] = {
 // For conv3d_halo; it computes some of the others, too.
 const Case kHaloCases[] = {
     {{1, {2, 2, 1}, kEight, kThree, kOne, kOne}, {32, 32, 1}, {0.8}},
-    {{2, {1, 1, 2}, kEight, kThree, kOne, kOne}, {40, 72, 1}, {0.5, 0.5}},
+    {{2, {1, 1, 2}, {4, 8, 8}, kThree, kOne, kOne}, {40, 72, 1}, {0.6, 0.4}},
     {{1, {1, 1, 1}, {4, 16, 16}, kThree, kOne, kOne}, {16, 8, 1}, {1}},
     {{2, {2, 2, 2}, kFour, kThree, kOne, kOne}, {80, 40, 1}, {0.5, 0.3}},
     {{1, {2, 2, 2}, {4, 8, 8}, {1, 3, 3}, kOne, {0, 1, 1}}, {72, 24, 1}, {0.6}},

@@ -19,6 +19,7 @@
 // Source    As conv3d_gather; split sums in fixed order as in "stream-K" without its atomics (Osama et al., 2023).
 #include "cuda/cp_async.cuh"
 #include "cuda/device.cuh"
+#include "cuda/grad_weight_sum.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
@@ -262,17 +263,6 @@ __global__ void __launch_bounds__(GradWeightTraits<T, kTile>::kThreads, GradWeig
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(256)
-    conv3d_grad_weight_sum_kernel(Correlation c, Global<const float> partial, Global<T> grad_weight, int64_t sums) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= sums) return;
-  float total = partial[i];
-  for (int part = 1; part < c.parts; ++part) total += partial[part * sums + i];
-  const int64_t n = i % c.n, k = i / c.n % c.k, tap = i / c.n / c.k % c.taps, group = i / c.n / c.k / c.taps;
-  grad_weight[((group * c.n + n) * c.k + k) * c.taps + tap] = from_float<T>(total);
-}
-
 template <typename T, Math kMath, int kTile>
 void correlate_all(const Window& window, const Correlation& c, const T* grad, const T* x, float* partial,
                    cudaStream_t stream) {
@@ -304,8 +294,7 @@ void conv3d_grad_weight(const Window& window, const ConvChannels& channels, Math
     if (exact) start(correlate_all<T, Math::kExact, 32>, correlate_all<T, Math::kExact, 64>);
   }
   if (!exact) start(correlate_all<T, Math::kTensorCores, 32>, correlate_all<T, Math::kTensorCores, 64>);
-  launch("conv3d_grad_weight_sum", conv3d_grad_weight_sum_kernel<T>, static_cast<unsigned>((c.sums() + 255) / 256), 256,
-         0, stream, c, partial, grad_weight, c.sums());
+  sum_grad_weight(c.groups, c.taps, c.k, c.n, c.parts, partial, grad_weight, stream);
 }
 
 #define S3D_INSTANTIATE(T)                                                                                           \

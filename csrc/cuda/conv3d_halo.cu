@@ -13,8 +13,13 @@
 //           height and width (a warp has a plane, a fragment two lines), else four cuboids (4, 4, 4) of the same block
 //           or the next ones (a warp has a cuboid, a fragment a plane). The source of each slot is found once, through
 //           the neighbour table; which of a line's voxels are there is a word of bits, and from these words each lane
-//           learns which fragments have a pair under one offset. A step is one offset x kTileK channels; offsets without
-//           a pair in the tile are no steps, fragments without one are not multiplied.
+//           learns which fragments have a pair under one offset. A step is one offset x kTileK channels; offsets
+//           without a pair in the tile are no steps, fragments without one are not multiplied.
+// Fused     Sample by sample, so that tiles of four small blocks must not straddle two (TileRange). Before: each thread
+//           changes the chunks that it copied, where there is a voxel, when they have landed and before the barrier
+//           that shows them to others; so each of a tile's inputs is normalised once, not once a tap, and what is not
+//           there stays zero. After: (count, mean, squared deviations) of each of the tile's channels, first the mean,
+//           then the deviations from it; conv3d_halo_moments merges them.
 // Memory    Weights: 3 stages of kTileN * 64 bytes, filled by cp.async two steps ahead. Halo: a ring of 8 planes of 100
 //           slots, or 7 planes of 144. The steps of a chunk of channels go through the offsets plane by plane, so that
 //           a plane is free when its last offset is done, and one of the next chunk takes its place: with 8 planes nine
@@ -37,14 +42,18 @@
 //           pay on an A100: with 54 KiB of weights and a ring only one block of 4 warps fits its SM, and a single warp
 //           a scheduler hides nothing, where now three blocks do. With 64 channels to 64, two chunks: 56.6 MFLOP for
 //           75 + 216 KiB, 190 FLOP a byte. A step reads 4 KiB of rows and 2 or 4 KiB of weights a warp from shared
-//           memory for 32 or 64 mma of 4096 FLOP: 21 or 32 FLOP a byte, where an A100 needs 16. Not measured yet.
+//           memory for 32 or 64 mma of 4096 FLOP: 21 or 32 FLOP a byte, where an A100 needs 16. Counted by the
+//           emulator, all visible, 8 x 8 x 8 blocks: 83 KiB read for 256 voxels of 32 channels to 32 (conv3d_gather:
+//           496), 273 for 64 to 64 (1201); no bank conflicts. Not measured yet.
 // Source    Shared-memory tiling of a stencil with its halo (e.g. Micikevicius, GPGPU-2 2009), on tensor cores as an
 //           implicit matrix product.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/cp_async.cuh"
 #include "cuda/device.cuh"
+#include "cuda/halo.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
@@ -56,59 +65,26 @@
 namespace s3d::cuda {
 namespace {
 
-// kWide: a tile is a cuboid (4, 8, 8), else four (4, 4, 4).
 template <typename T, int kColumns, bool kWide>
-struct HaloTraits {
+struct HaloTraits : Tile<kWide> {
   static constexpr int kWarps = 4, kStages = 3;
   static constexpr int kFragments = 4;  // of 16 rows, of a warp
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTileM = 16 * kFragments * kWarps;
-  static constexpr int kCuboids = kWide ? 1 : 4, kDepth = 4, kSide = kWide ? 8 : 4;
-  static constexpr int kRing = kWide ? 8 : 7;         // planes
-  static constexpr int kLineLanes = kWide ? 16 : 8;   // that look for the sources of a line of at most kSide + 2
+  static constexpr int kRing = kWide ? 8 : 7;  // planes
   static constexpr int kSlotsAtOnce = kThreads / kRowChunks;  // that all threads copy
   static constexpr int kStageElements = kColumns * kTileK<T>;
   static constexpr int kStagesBytes = kStages * kStageElements * static_cast<int>(sizeof(T));
   static constexpr int kBlocks = kColumns == 32 ? 3 : 2;  // on an SM, for which there must be registers
-  static_assert(kTileM == kCuboids * kDepth * kSide * kSide);
+  static_assert(Tile<kWide>::kVoxels == 16 * kFragments * kWarps);
 };
 
-// The halo of a tile, and how blocks are cut to cuboids. Slots of a plane: of all cuboids of the tile.
-struct Halo {
-  int planes, lines, pitch, plane_slots;
-  int cuboids_d, cuboids_h, cuboids_w, cuboids;  // of a block along each axis; of all blocks
-  int slots() const { return planes * plane_slots; }
+// ConvFusion as the kernel sees it.
+struct Fusion {
+  SampleOffsets samples;
+  Global<const float> mean, scale, shift;
+  float slope;
+  Global<float> counts, moments;  // [tiles], [tiles, mean or squares, channels], or null
 };
-
-template <bool kWide>
-Halo halo_of(const Window& window) {
-  using Traits = HaloTraits<float, 32, kWide>;
-  const auto side = [&](int axis, int of_cuboid) { return of_cuboid + static_cast<int>(window.kernel[axis]) - 1; };
-  const Triple& block = window.written_block;
-  const int lines = side(1, Traits::kSide), pitch = side(2, Traits::kSide);
-  const auto d = static_cast<int>(block.d / Traits::kDepth), h = static_cast<int>(block.h / Traits::kSide),
-             w = static_cast<int>(block.w / Traits::kSide);
-  return {side(0, Traits::kDepth), lines, pitch, Traits::kCuboids * lines * pitch,
-          d, h, w, static_cast<int>(window.written_rows * (d * h * w))};
-}
-
-// Where a cuboid begins: the row of its block (-1: there is no such cuboid) and coordinates in it.
-struct alignas(16) Cuboid {
-  int row, d, h, w;
-};
-
-__device__ __forceinline__ Cuboid cuboid_at(const Halo& halo, int number, int depth, int side) {
-  const int w = number % halo.cuboids_w, line = number / halo.cuboids_w;
-  const int h = line % halo.cuboids_h, plane = line / halo.cuboids_h;
-  return {plane / halo.cuboids_d, plane % halo.cuboids_d * depth, h * side, w * side};
-}
-
-// The chunk of a slot that comes first: what a phase of ldmatrix reads, eight slots of a line or four of each of two
-// lines, has the same chunk in eight different groups of four banks. The pitch of lines is even.
-template <bool kWide>
-__device__ __forceinline__ int slot_key(int line, int x) {
-  return kWide ? x >> 1 & 3 : (x >> 1 & 1) | (line & 1) << 1;
-}
 
 // What comes next: the lowest of `offsets`, which are those of `all` that are left, of channels `chunk`.
 struct HaloStep {
@@ -123,10 +99,98 @@ struct HaloStep {
   }
 };
 
-template <typename T, Math kMath, int kColumns, bool kWide>
+// (x - mean) * scale + shift, leaky, of a thread's chunk.
+template <typename T>
+struct Affine {
+  float mean[kChunk<T>], scale[kChunk<T>], shift[kChunk<T>];
+
+  __device__ __forceinline__ void fetch(const Fusion& fusion, int64_t first, int count, bool whole) {
+    load_floats(mean, fusion.mean + first, count, whole);
+    load_floats(scale, fusion.scale + first, count, whole);
+    load_floats(shift, fusion.shift + first, count, whole);
+  }
+  __device__ __forceinline__ void apply(Shared<T> chunk, float slope) const {
+    float values[kChunk<T>];
+    unpack_chunk<T>(load<uint4>(chunk), values);
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) {
+      const float value = (values[i] - mean[i]) * scale[i] + shift[i];
+      values[i] = value < 0 ? value * slope : value;
+    }
+    store(chunk, pack_chunk<T>(values));
+  }
+};
+
+// Adds up over the lanes with the same columns, in one order.
+__device__ __forceinline__ float sum_of_rows(float value) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, lanes);
+  return value;
+}
+
+// The count, mean and squared deviations of the sums of the tile's visible rows, a column of each thread: by the mean
+// of the tile, so that a mean far from zero costs no digits. scratch: 2 * kWarps * kColumns + kWarps floats that nobody
+// needs any more after a barrier.
+struct Moments {
+  float count, mean, squares;
+};
+
+template <int kWarps, int kFragments, int kColumns>
+__device__ __forceinline__ Moments moments_of(const float (&sums)[kFragments][kColumns / 8][4],
+                                              const uint32_t (&visible_rows)[kFragments / 2], Shared<float> scratch) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Shared<float> squares = scratch + kWarps * kColumns, counts = squares + kWarps * kColumns;
+  const auto visible = [&](int half) { return (visible_rows[half / 4] >> (half % 4 * 8 + lane / 4) & 1) != 0; };
+  const auto of_all_warps = [](Shared<float> from, int column) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += static_cast<float>(from[i * kColumns + column]);
+    return sum;
+  };
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kColumns / 4; ++i) {
+    const int column = i / 8 * 32 + lane % 4 * 8 + i % 8;
+    float sum = 0;
+#pragma unroll
+    for (int half = 0; half < 2 * kFragments; ++half) {
+      if (visible(half)) sum += sums[half / 2][i / 2][half % 2 * 2 + i % 2];
+    }
+    sum = sum_of_rows(sum);
+    if (lane < 4) scratch[warp * kColumns + column] = sum;
+  }
+  int rows = 0;
+#pragma unroll
+  for (int i = 0; i < kFragments / 2; ++i) rows += __popc(visible_rows[i]);
+  if (lane == 0) counts[warp] = static_cast<float>(rows);
+  __syncthreads();
+  float count = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) count += static_cast<float>(counts[i]);
+  const float share = count > 0 ? 1.0f / count : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kColumns / 4; ++i) {
+    const int column = i / 8 * 32 + lane % 4 * 8 + i % 8;
+    const float mean = of_all_warps(scratch, column) * share;
+    float sum = 0;
+#pragma unroll
+    for (int half = 0; half < 2 * kFragments; ++half) {
+      const float off = sums[half / 2][i / 2][half % 2 * 2 + i % 2] - mean;
+      if (visible(half)) sum += off * off;
+    }
+    sum = sum_of_rows(sum);
+    if (lane < 4) squares[warp * kColumns + column] = sum;
+  }
+  __syncthreads();
+  const int column = threadIdx.x % kColumns;
+  return {count, of_all_warps(scratch, column) * share, of_all_warps(squares, column)};
+}
+
+// kFused: with what of `fusion` is not null.
+template <typename T, Math kMath, int kColumns, bool kWide, bool kFused>
 __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, HaloTraits<T, kColumns, kWide>::kBlocks)
     conv3d_halo_kernel(WindowView window, Halo halo, Product product, Global<const T> gathered, Global<const T> packed,
-                       Global<const T> bias, Global<T> written, int ring_slots, bool whole_gathered,
+                       Global<const T> bias, Global<T> written, Fusion fusion, int ring_slots, bool whole_gathered,
                        bool whole_written) {
   using Traits = HaloTraits<T, kColumns, kWide>;
   constexpr int kStages = Traits::kStages, kCuboids = Traits::kCuboids, kSide = Traits::kSide;
@@ -136,9 +200,7 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
   const Shared<int> sources = dynamic_shared<int>(Traits::kStagesBytes, all_slots);
   const Shared<T> slots = dynamic_shared<T>(Traits::kStagesBytes + 4 * all_slots, ring_slots * kTileK<T>);
   S3D_SHARED(Cuboid, cuboids, kCuboids);
-  // Bit x: voxel x of the halo's line is there. With this pitch lines of different offsets are in different banks.
-  constexpr int kLinePitch = kSide + 2;
-  S3D_SHARED(uint32_t, lines, (Traits::kDepth + 2) * kCuboids * kLinePitch);
+  S3D_SHARED(uint32_t, lines, Traits::kLineWords);
   S3D_SHARED(uint32_t, offsets_of_warp, Traits::kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int parts = product.groups * product.n_tiles;
@@ -148,39 +210,20 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
   gathered += static_cast<int64_t>(group) * product.k;
   packed += static_cast<int64_t>(part) * product.taps * product.k_steps * Traits::kStageElements;
 
+  TileRange range = {tile * kCuboids, halo.cuboids, 0};
+  if constexpr (kFused) range = range_of_tile<kWide>(halo, fusion.samples, tile);
   if (threadIdx.x < kCuboids) {
-    const int64_t number = static_cast<int64_t>(tile) * kCuboids + threadIdx.x;
+    const int number = range.begin + static_cast<int>(threadIdx.x);
     Cuboid cuboid = {-1, 0, 0, 0};
-    if (number < halo.cuboids) cuboid = cuboid_at(halo, static_cast<int>(number), Traits::kDepth, kSide);
+    if (number < range.end) cuboid = cuboid_at<kWide>(halo, number);
     store(cuboids + threadIdx.x, cuboid);
   }
   __syncthreads();
 
-  // The sources of the halo, some lines at once in a warp.
-  constexpr int kLinesAtOnce = 32 / Traits::kLineLanes;
-  for (int first = warp * kLinesAtOnce; first < halo.planes * kCuboids * halo.lines;
-       first += Traits::kWarps * kLinesAtOnce) {
-    const int line = first + lane / Traits::kLineLanes, x = lane % Traits::kLineLanes;
-    const int slice = line / halo.lines, y = line % halo.lines;  // a plane of one cuboid
-    const Cuboid at = load<Cuboid>(cuboids + slice % kCuboids);
-    int source = -1;
-    if (at.row >= 0 && x < halo.pitch) {
-      source = voxel_at(window, at.row, at.d + slice / kCuboids - window.d.padding, at.h + y - window.h.padding,
-                        at.w + x - window.w.padding);
-    }
-    if (x < halo.pitch) sources[line * halo.pitch + x] = source;
-    const uint32_t found = __ballot_sync(kAll, source >= 0);
-    if (x == 0) lines[slice * kLinePitch + y] = found >> lane & ((1u << Traits::kLineLanes) - 1);
-  }
-
+  find_sources<kWide>(window, halo, cuboids, sources, lines);
   // The warp's rows.
   const Cuboid own = load<Cuboid>(cuboids + (kWide ? 0 : warp));
-  const auto voxel_of = [&](int row) {
-    const int z = kWide ? warp : row / 16, y = row / kSide % kSide, x = row % kSide;
-    const int plane = own.row * window.d.written_side + own.d + z;
-    const int voxel = (plane * window.h.written_side + own.h + y) * window.w.written_side + own.w + x;
-    return own.row < 0 ? -1 : voxel;
-  };
+  const auto voxel_of = [&](int row) { return written_voxel<kWide>(window, own, warp * 64 + row); };
   uint32_t visible_rows[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -200,7 +243,7 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
 #pragma unroll
     for (int i = 0; i < 64 / kSide; ++i) {
       const int slice = kWide ? warp + offset.d : (i / kSide + offset.d) * kCuboids + warp;
-      const uint32_t found = lines[slice * kLinePitch + i % kSide + offset.h];
+      const uint32_t found = lines[slice * Traits::kLinePitch + i % kSide + offset.h];
       const uint32_t rows = visible_rows[i * kSide / 32] >> i * kSide % 32 & ((1u << kSide) - 1);
       pairs += __popc(found >> offset.w & rows);
       if ((found >> offset.w & rows) != 0) about_offset |= 1u << i * kSide / 16;
@@ -221,23 +264,43 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
   for (int slot = threadIdx.x / kRowChunks, i = 0; slot < halo.plane_slots; slot += Traits::kSlotsAtOnce, i += 2) {
     keys |= static_cast<uint32_t>(slot_key<kWide>(slot / halo.pitch % halo.lines, slot % halo.pitch)) << i;
   }
+  // use(source, chunk in shared memory) for each chunk that the thread copies, of plane z of a halo.
+  const auto each_chunk = [&](int plane, int z, const auto& use) {
+    const Shared<T> first = slots + plane % Traits::kRing * halo.plane_slots * kTileK<T>;
+    const Shared<int> source_of_slot = sources + z * halo.plane_slots;
+    uint32_t rest = keys;
+    for (int slot = threadIdx.x / kRowChunks; slot < halo.plane_slots; slot += Traits::kSlotsAtOnce, rest >>= 2) {
+      const int source = source_of_slot[slot], chunk = copied_chunk ^ static_cast<int>(rest & 3);
+      use(source, first + (slot * kRowChunks + chunk) * kChunk<T>);
+    }
+  };
   int brought = 0, next_z = 0, next_chunk = 0;  // planes that are on their way or there; what comes next
   const auto bring = [&](int end) {
     for (; brought < min(end, all_planes); ++brought) {
-      const Shared<T> to = slots + brought % Traits::kRing * halo.plane_slots * kTileK<T>;
-      const Shared<int> from = sources + next_z * halo.plane_slots;
       const int k = next_chunk * kTileK<T> + copied_chunk * kChunk<T>;
-      uint32_t rest = keys;
-      for (int slot = threadIdx.x / kRowChunks; slot < halo.plane_slots; slot += Traits::kSlotsAtOnce, rest >>= 2) {
-        const int source = from[slot];
-        copy_chunk<T>(to + (slot * kRowChunks + (copied_chunk ^ (rest & 3))) * kChunk<T>, gathered,
-                      source * gathered_channels + k, source < 0 ? 0 : product.k - k, whole_gathered);
-      }
+      each_chunk(brought, next_z, [&](int source, Shared<T> to) {
+        copy_chunk<T>(to, gathered, source * gathered_channels + k, source < 0 ? 0 : product.k - k, whole_gathered);
+      });
       if (++next_z == halo.planes) {
         next_z = 0;
         ++next_chunk;
       }
     }
+  };
+  // After the thread's own copies have landed, and before a barrier lets others read them.
+  int published = 0;  // planes that everybody may read after the next barrier
+  const auto publish = [&] {
+    if constexpr (kFused) {
+      for (int plane = published; fusion.mean != nullptr && plane < brought; ++plane) {
+        const int k = plane / halo.planes * kTileK<T> + copied_chunk * kChunk<T>;
+        Affine<T> affine;
+        affine.fetch(fusion, range.sample * gathered_channels + group * product.k + k, product.k - k, whole_gathered);
+        each_chunk(plane, plane % halo.planes, [&](int source, Shared<T> chunk) {
+          if (source >= 0) affine.apply(chunk, fusion.slope);
+        });
+      }
+    }
+    published = brought;
   };
   const auto copy_step = [&](int stage, const HaloStep& from) {
     const int offset = from.offset();
@@ -253,28 +316,27 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
     cp_async_commit();
     next.advance();
   }
-  int published = 0;       // planes that everybody may read
   int all_there_from = 0;  // the step from which on all planes brought so far have landed
   for (int i = 0; i < steps; ++i) {
     cp_async_wait<kStages - 2>();
-    if (i >= all_there_from) published = brought;
+    if (i >= all_there_from) publish();
     __syncthreads();  // everybody's copies of this step are there; the stage and the planes before it are free
     const uint32_t about = __shfl_sync(kAll, about_offset, step.offset());
     const int offset_d = about >> 4 & 3, offset_h = about >> 6 & 3, offset_w = about >> 8 & 3;
     const int low = halo.planes * step.chunk + offset_d;  // the planes of this step and all that follow are not lower
-    // What is overwritten, planes below `low`, may still be on its way where taps were skipped. It is the thread's own.
-    if (low > published) cp_async_wait_all();
     const int before = brought;
-    bring(low + Traits::kRing);
+    bring(min(low, published) + Traits::kRing);  // not over what is still on its way either
+    const bool late = low + Traits::kDepth > published;
+    while (low + Traits::kDepth > published) {
+      cp_async_wait_all();
+      publish();
+      bring(low + Traits::kRing);
+    }
     if (brought != before) all_there_from = i + kStages - 1;
     if (i + kStages - 1 < steps) copy_step((i + kStages - 1) % kStages, next);
     cp_async_commit();
     next.advance();
-    if (low + Traits::kDepth > published) {
-      cp_async_wait_all();
-      published = brought;
-      __syncthreads();
-    }
+    if (late) __syncthreads();
     const Shared<T> weights = stages + i % kStages * Traits::kStageElements;
     const auto row_of = [&](int m, int row, int chunk) {
       const int plane = (low + (kWide ? warp : m)) % Traits::kRing;
@@ -287,31 +349,41 @@ __global__ void __launch_bounds__(HaloTraits<T, kColumns, kWide>::kThreads, Halo
   }
   cp_async_wait_all();
 
+  if constexpr (kFused) {
+    if (fusion.moments != nullptr) {
+      const Moments moments = moments_of<Traits::kWarps, Traits::kFragments, kColumns>(sums, visible_rows,
+                                                                                      pointer_cast<float>(stages));
+      const int n = n_first + static_cast<int>(threadIdx.x), channel = group * product.n + n;
+      const int64_t channels = static_cast<int64_t>(product.groups) * product.n;
+      if (threadIdx.x < kColumns && n < product.n) {
+        const float start = bias != nullptr && moments.count > 0 ? to_float(static_cast<T>(bias[channel])) : 0.0f;
+        fusion.moments[tile * 2 * channels + channel] = moments.mean + start;
+        fusion.moments[(tile * 2 + 1) * channels + channel] = moments.squares;
+      }
+      if (part == 0 && threadIdx.x == 0) fusion.counts[tile] = moments.count;
+    }
+  }
+
   const auto place = [&](int row) {
     return WrittenRow{voxel_of(row), (visible_rows[row / 32] >> row % 32 & 1) != 0};
   };
   store_sums<T, Traits::kFragments, kColumns>(sums, product, group, n_first, bias, written, whole_written, place);
 }
 
-// Whether tiles are (4, 8, 8), with fewer slots than four (4, 4, 4).
-bool is_wide(const Window& window) { return window.written_block.h % 8 == 0 && window.written_block.w % 8 == 0; }
-
-int64_t thread_blocks(const Window& window, int64_t parts) {
-  constexpr int64_t kTileM = HaloTraits<float, 32, true>::kTileM;
-  return (window.written_rows * window.written_block.volume() + kTileM - 1) / kTileM * parts;
-}
-
-template <typename T, Math kMath, int kColumns, bool kWide>
+template <typename T, Math kMath, int kColumns, bool kWide, bool kFused>
 void convolve(const Window& window, const Product& product, const T* gathered, const T* packed, const T* bias,
-              T* written, cudaStream_t stream) {
+              T* written, const ConvFusion& with, cudaStream_t stream) {
   using Traits = HaloTraits<T, kColumns, kWide>;
   const Halo halo = halo_of<kWide>(window);
   const int ring_slots = std::min(halo.planes * product.k_steps, Traits::kRing) * halo.plane_slots;
   constexpr int kSlotBytes = kTileK<T> * static_cast<int>(sizeof(T));
   const size_t shared_bytes = Traits::kStagesBytes + 4 * halo.slots() + kSlotBytes * ring_slots;
-  const auto grid = static_cast<unsigned>(thread_blocks(window, product.groups * product.n_tiles));
-  launch("conv3d_halo", conv3d_halo_kernel<T, kMath, kColumns, kWide>, grid, Traits::kThreads, shared_bytes, stream,
-         view(window), halo, product, gathered, packed, bias, written, ring_slots,
+  const int64_t tiles = halo_tiles(window, with.samples);
+  const Fusion fusion = {{with.samples, with.sample_offsets}, with.mean, with.scale, with.shift, with.slope,
+                         with.partials, with.partials == nullptr ? nullptr : with.partials + tiles};
+  const auto grid = static_cast<unsigned>(tiles * product.groups * product.n_tiles);
+  launch("conv3d_halo", conv3d_halo_kernel<T, kMath, kColumns, kWide, kFused>, grid, Traits::kThreads, shared_bytes,
+         stream, view(window), halo, product, gathered, packed, bias, written, fusion, ring_slots,
          whole_chunks(gathered, product.groups * product.k, product.k),
          whole_chunks(written, product.groups * product.n, product.n));
 }
@@ -327,31 +399,48 @@ bool conv3d_halo_applies(const Window& window, const ConvChannels& channels) {
   }
   if (window.taps() == 1) return false;  // nothing is read twice
   const Product product = product_of<bf16>(window, channels);  // parts are those of all types
-  return thread_blocks(window, int64_t{product.groups} * product.n_tiles) <= std::numeric_limits<int32_t>::max();
+  const int64_t parts = int64_t{product.groups} * product.n_tiles;
+  return halo_tiles(window, 0) * parts <= std::numeric_limits<int32_t>::max();
+}
+
+int64_t conv3d_halo_partials(const Window& window, const ConvChannels& channels, int samples) {
+  const int64_t written = window.transposed ? channels.in : channels.out;
+  return halo_tiles(window, samples) * (1 + 2 * written);
 }
 
 template <typename T>
 void conv3d_halo(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
-                 const T* bias, T* written, cudaStream_t stream) {
+                 const T* bias, T* written, cudaStream_t stream, const ConvFusion& fusion) {
   const Product product = product_of<T>(window, channels);
-  const auto start = [&](auto narrow, auto narrow_wide, auto columns, auto columns_wide) {
-    const bool wide = is_wide(window);
-    const auto chosen = product.tile_n == 32 ? (wide ? narrow_wide : narrow) : (wide ? columns_wide : columns);
-    chosen(window, product, gathered, packed, bias, written, stream);
+  const auto start = [&](auto plain, auto fused) {
+    (fusion.samples == 0 ? plain : fused)(window, product, gathered, packed, bias, written, fusion, stream);
+  };
+  const auto choose = [&](auto chosen_math, auto columns, auto wide) {
+    constexpr Math kMath = decltype(chosen_math)::value;
+    constexpr int kColumns = decltype(columns)::value;
+    constexpr bool kWide = decltype(wide)::value;
+    start(convolve<T, kMath, kColumns, kWide, false>, convolve<T, kMath, kColumns, kWide, true>);
+  };
+  const auto choose_tile = [&](auto chosen_math) {
+    using Narrow = std::integral_constant<int, 32>;
+    using Broad = std::integral_constant<int, 64>;
+    if (product.tile_n == 32) {
+      is_wide(window) ? choose(chosen_math, Narrow(), std::true_type())
+                      : choose(chosen_math, Narrow(), std::false_type());
+    } else {
+      is_wide(window) ? choose(chosen_math, Broad(), std::true_type())
+                      : choose(chosen_math, Broad(), std::false_type());
+    }
   };
   if constexpr (sizeof(T) == 4) {
-    if (math == Math::kExact) {
-      return start(convolve<T, Math::kExact, 32, false>, convolve<T, Math::kExact, 32, true>,
-                   convolve<T, Math::kExact, 64, false>, convolve<T, Math::kExact, 64, true>);
-    }
+    if (math == Math::kExact) return choose_tile(std::integral_constant<Math, Math::kExact>());
   }
-  start(convolve<T, Math::kTensorCores, 32, false>, convolve<T, Math::kTensorCores, 32, true>,
-        convolve<T, Math::kTensorCores, 64, false>, convolve<T, Math::kTensorCores, 64, true>);
+  choose_tile(std::integral_constant<Math, Math::kTensorCores>());
 }
 
 #define S3D_INSTANTIATE(T)                                                                                 \
   template void conv3d_halo<T>(const Window&, const ConvChannels&, Math, const T*, const T*, const T*, T*, \
-                               cudaStream_t);
+                               cudaStream_t, const ConvFusion&);
 S3D_INSTANTIATE(float)
 S3D_INSTANTIATE(bf16)
 S3D_INSTANTIATE(fp16)

@@ -40,10 +40,33 @@ void conv3d_gather(const Window& window, const ConvChannels& channels, Math math
 // Whether conv3d_halo can compute it.
 bool conv3d_halo_applies(const Window& window, const ConvChannels& channels);
 
+// What conv3d_halo can do besides, sample by sample. Pointers are to device memory, of floats to 16-byte aligned.
+struct ConvFusion {
+  int samples = 0;  // 0: nothing of this
+  // [samples + 1]; the written blocks of sample n, and the gathered ones around them, are rows offsets[n] ...
+  // offsets[n + 1] - 1 of theirs; these are offsets of written rows.
+  const int32_t* sample_offsets = nullptr;
+  // Null, or [samples, gathered channels]: a gathered x is leaky((x - mean) * scale + shift), rounded to T, where it is
+  // visible. leaky(y) is y or, where that is negative, slope * y. Elsewhere there are zeros still.
+  const float *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  float slope = 0;
+  // Null, or conv3d_halo_partials() floats, for conv3d_halo_moments.
+  float* partials = nullptr;
+};
+
+int64_t conv3d_halo_partials(const Window& window, const ConvChannels& channels, int samples);
+
 // As conv3d_gather.
 template <typename T>
 void conv3d_halo(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
-                 const T* bias, T* written, cudaStream_t stream);
+                 const T* bias, T* written, cudaStream_t stream, const ConvFusion& fusion = {});
+
+// ---- conv3d_halo_moments.cu
+
+// Of what conv3d_halo wrote to visible voxels, before it was rounded to T: [samples, written channels] each. squares:
+// sum of the squared deviations from the mean. Both are 0 where no voxel is visible.
+void conv3d_halo_moments(const Window& window, const ConvChannels& channels, const ConvFusion& fusion, float* mean,
+                         float* squares, cudaStream_t stream);
 
 // ---- conv3d_pairs.cu: the same results with less work for blocks with a side below 4.
 
@@ -68,6 +91,17 @@ int64_t conv3d_grad_weight_partial_sums(const Window& window, const ConvChannels
 template <typename T>
 void conv3d_grad_weight(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x,
                         float* partial, T* grad_weight, cudaStream_t stream);
+
+// ---- conv3d_grad_weight_halo.cu: the same with less traffic, where conv3d_halo_applies to the forward window.
+
+// Floats that conv3d_grad_weight_halo needs to work with.
+template <typename T>
+int64_t conv3d_grad_weight_halo_partial_sums(const Window& window, const ConvChannels& channels);
+
+// As conv3d_grad_weight.
+template <typename T>
+void conv3d_grad_weight_halo(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x,
+                             float* partial, T* grad_weight, cudaStream_t stream);
 
 // ---- norm.cu. Tables are [samples, channels] in float.
 

@@ -2,6 +2,9 @@
 //
 //   launch(name, kernel, grid, block, shared_bytes, stream, arguments...)
 //
+//   most_shared_bytes()
+//       static and dynamic shared memory that a block may have on the current device: 227 KiB, 163 or 99
+//
 // `name` stands in errors and in the emulator's counters. An empty grid starts nothing. Does not wait: an error of the
 // kernel itself shows later, as always in CUDA. Throws std::runtime_error with the name if the launch is refused.
 #pragma once
@@ -21,6 +24,13 @@ inline void check_launch(cudaError_t error, const char* name) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next one to ask would take it for its own
   throw std::runtime_error(std::string(name) + " cannot be launched: " + cudaGetErrorString(error));
+}
+
+inline size_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_launch(cudaGetDevice(&device), "a kernel");
+  check_launch(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "a kernel");
+  return static_cast<size_t>(bytes);
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -43,6 +43,40 @@ __device__ __forceinline__ uint4 pack_chunk(const float* values) {
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void unpack_chunk(const uint4& chunk, float (&values)[kChunk<T>]) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      values[i] = __uint_as_float(words[i]);
+    } else {
+      unpack<T>(words[i], values[2 * i], values[2 * i + 1]);
+    }
+  }
+}
+
+// The first `count` of kValues neighbouring floats, zeros beyond. `whole`: aligned, and `count` a multiple of 4.
+template <int kValues>
+__device__ __forceinline__ void load_floats(float (&values)[kValues], Global<const float> from, int count, bool whole) {
+#pragma unroll
+  for (int i = 0; i < kValues; i += 4) {
+    if (whole) {
+      const float4 four = i < count ? load<float4>(from + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      values[i] = four.x;
+      values[i + 1] = four.y;
+      values[i + 2] = four.z;
+      values[i + 3] = four.w;
+      continue;
+    }
+#pragma unroll
+    for (int j = i; j < i + 4; ++j) {
+      values[j] = 0.0f;
+      if (j < count) values[j] = from[j];
+    }
+  }
+}
+
 // The first `count` of kValues neighbouring numbers.
 template <int kValues, typename T>
 __device__ __forceinline__ void store_values(Global<T> to, const float (&values)[kValues], int64_t count, bool whole) {

@@ -22,7 +22,7 @@ void check(const LaunchShape& shape) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMostThreads || block.z > 64) refuse(std::to_string(threads) + " threads in a block");
   if (grid.x > 0x7FFFFFFF || grid.y > kMostBlocksYZ || grid.z > kMostBlocksYZ) refuse("more blocks than a grid has");
-  if (shape.shared_bytes > SharedMemory::kMostBytes) {
+  if (shape.shared_bytes > options.most_shared_bytes) {
     refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory");
   }
 }
@@ -30,6 +30,8 @@ void check(const LaunchShape& shape) {
 }  // namespace
 
 void set_options(const Options& value) { options = value; }
+
+uint32_t most_shared_bytes() { return options.most_shared_bytes; }
 
 std::vector<LaunchRecord> take_launches() { return std::exchange(launches, {}); }
 

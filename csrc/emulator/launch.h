@@ -16,10 +16,13 @@ namespace s3d::emulator {
 struct Options {
   uint64_t seed = 0;       // of the order in which blocks and warps run
   bool find_races = true;  // or only their effect on results is seen, if there is one
+  uint32_t most_shared_bytes = SharedMemory::kMostBytes;  // that a block may ask for; some GPUs have less
 };
 
 // Of all launches from now on.
 void set_options(const Options& options);
+
+uint32_t most_shared_bytes();
 
 struct LaunchRecord {
   std::string kernel;
@@ -35,6 +38,8 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel);
 }  // namespace s3d::emulator
 
 namespace s3d::cuda {
+
+inline size_t most_shared_bytes() { return emulator::most_shared_bytes(); }
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,

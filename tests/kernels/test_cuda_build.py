@@ -112,7 +112,7 @@ def check_kernels(nvcc: str, architecture: str, folder: Path) -> None:
         for kernel in kernels_of(compile_cubin(nvcc, source, architecture, folder)):
             where = f"{kernel.name} for {architecture}"
             assert kernel.stack_bytes == 0, f"{where} uses local memory"
-            if not re.search("conv3d_(gather|halo|pairs|grad_weight)_kernel", kernel.name):
+            if not re.search("conv3d_(gather|halo|pairs|grad_weight|grad_weight_halo)_kernel", kernel.name):
                 continue
             assert re.search(INSTRUCTIONS[2], kernel.sass), f"{where}: no asynchronous copies of 16 bytes"
             exact = "MathE1E" in kernel.name

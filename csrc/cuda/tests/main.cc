@@ -16,6 +16,7 @@ int main(int argument_count, char** arguments) {
     s3d::cuda::test::test_norm();
     s3d::cuda::test::test_pool();
     s3d::cuda::test::test_conv3d();
+    s3d::cuda::test::test_conv3d_fused();
   } catch (const std::exception& error) {
     std::printf("not expected: %s\n", error.what());
     return 1;

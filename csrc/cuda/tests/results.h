@@ -98,6 +98,8 @@ void check_result(const std::string& what, const Expected& expected, const Toler
 
 void test_conv3d();
 void count();
+
+void test_conv3d_fused();
 void test_norm();
 void test_table();
 void test_pool();

@@ -109,7 +109,7 @@ __device__ __forceinline__ TileRange range_of_tile(const Halo& halo, const Sampl
 }
 
 // By all warps of the block: the gathered voxel of each slot, or -1, and a word for each line, whose bit x tells
-// whether its voxel x is there. Slots lie [plane, cuboid, line, voxel], words [plane, cuboid, line] with pitch kLinePitch.
+// whether its voxel x is there. Slots lie [plane, cuboid, line, voxel], words [plane, cuboid, line] with kLinePitch.
 template <bool kWide>
 __device__ __forceinline__ void find_sources(const WindowView& window, const Halo& halo, Shared<Cuboid> cuboids,
                                              Shared<int> sources, Shared<uint32_t> lines) {

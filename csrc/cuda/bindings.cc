@@ -44,6 +44,12 @@ Math math_of(int64_t tf32) { return tf32 != 0 ? Math::kTensorCores : Math::kExac
 template <typename T>
 void convolve(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* weight,
               const T* bias, T* written, cudaStream_t stream) {
+  if (conv3d_depthwise_applies(window, channels)) {
+    return conv3d_depthwise<T>(window, channels, gathered, weight, bias, written, stream);
+  }
+  if (conv3d_stem_applies(window, channels)) {
+    return conv3d_stem<T>(window, channels, math, gathered, weight, bias, written, stream);
+  }
   const Scratch<T> packed(conv3d_packed_elements<T>(window, channels));
   conv3d_pack_weight<T>(window, channels, math, weight, packed.data(), stream);
   if (conv3d_halo_applies(window, channels)) {
@@ -104,6 +110,24 @@ void conv3d_grad_input(TensorView grad, TensorView weight, MaybeTensor source_vo
   });
 }
 
+template <typename T>
+void correlate(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x, T* grad_weight,
+               cudaStream_t stream) {
+  if (conv3d_depthwise_applies(window, channels)) {
+    const Scratch<float> partial(conv3d_depthwise_grad_weight_partial_sums(window, channels));
+    conv3d_depthwise_grad_weight<T>(window, channels, grad, x, partial.data(), grad_weight, stream);
+  } else if (conv3d_stem_applies(window, channels)) {
+    const Scratch<float> partial(conv3d_stem_grad_weight_partial_sums<T>(window, channels));
+    conv3d_stem_grad_weight<T>(window, channels, math, grad, x, partial.data(), grad_weight, stream);
+  } else if (conv3d_halo_applies(window, channels)) {
+    const Scratch<float> partial(conv3d_grad_weight_halo_partial_sums(window, channels));
+    conv3d_grad_weight_halo<T>(window, channels, math, grad, x, partial.data(), grad_weight, stream);
+  } else {
+    const Scratch<float> partial(conv3d_grad_weight_partial_sums(window, channels));
+    s3d::cuda::conv3d_grad_weight<T>(window, channels, math, grad, x, partial.data(), grad_weight, stream);
+  }
+}
+
 void conv3d_grad_weight(TensorView grad, TensorView x, MaybeTensor source_voxels, MaybeTensor target_voxels,
                         TensorView table, Array<int64_t> sizes, int64_t groups, TensorView grad_weight,
                         TensorView grad_bias, int64_t tf32) {
@@ -119,8 +143,7 @@ void conv3d_grad_weight(TensorView grad, TensorView x, MaybeTensor source_voxels
       const T* const inputs = g.source<T>(x, "x", in);
       T* const to = data<T>(grad_weight, "grad_weight", {out, in / groups, w.kernel.d, w.kernel.h, w.kernel.w});
       T* const of_bias = data<T>(grad_bias, "grad_bias", {out});
-      const Scratch<float> partial(conv3d_grad_weight_partial_sums(w, channels));
-      s3d::cuda::conv3d_grad_weight<T>(w, channels, math_of(tf32), from, inputs, partial.data(), to, device.stream());
+      correlate<T>(w, channels, math_of(tf32), from, inputs, to, device.stream());
       const SampleRows rows = {1, nullptr, w.written_rows, w.written_block.volume(), w.written_voxels};
       const Scratch<float> sums(norm_partial_sums(rows, channels.out));
       channel_sums<T>(rows, from, sums.data(), of_bias, channels.out, device.stream());

@@ -82,6 +82,43 @@ template <typename T>
 void conv3d_pairs(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* packed,
                   const T* bias, float* partial, T* written, cudaStream_t stream);
 
+// ---- conv3d_stem.cu: the same results, and the gradient of the weight, for up to 4 gathered channels and one group.
+
+// Whether conv3d_stem, and for a forward window conv3d_stem_grad_weight, is the better choice.
+bool conv3d_stem_applies(const Window& window, const ConvChannels& channels);
+
+// As conv3d_gather, of the weight as torch has it.
+template <typename T>
+void conv3d_stem(const Window& window, const ConvChannels& channels, Math math, const T* gathered, const T* weight,
+                 const T* bias, T* written, cudaStream_t stream);
+
+// Floats that conv3d_stem_grad_weight needs to work with.
+template <typename T>
+int64_t conv3d_stem_grad_weight_partial_sums(const Window& window, const ConvChannels& channels);
+
+// As conv3d_grad_weight.
+template <typename T>
+void conv3d_stem_grad_weight(const Window& window, const ConvChannels& channels, Math math, const T* grad, const T* x,
+                             float* partial, T* grad_weight, cudaStream_t stream);
+
+// ---- conv3d_depthwise.cu: the same for as many groups as channels, in float always.
+
+// Whether the two below are the better choice.
+bool conv3d_depthwise_applies(const Window& window, const ConvChannels& channels);
+
+// As conv3d_gather, of the weight as torch has it.
+template <typename T>
+void conv3d_depthwise(const Window& window, const ConvChannels& channels, const T* gathered, const T* weight,
+                      const T* bias, T* written, cudaStream_t stream);
+
+// Floats that conv3d_depthwise_grad_weight needs to work with.
+int64_t conv3d_depthwise_grad_weight_partial_sums(const Window& window, const ConvChannels& channels);
+
+// As conv3d_grad_weight.
+template <typename T>
+void conv3d_depthwise_grad_weight(const Window& window, const ConvChannels& channels, const T* grad, const T* x,
+                                  float* partial, T* grad_weight, cudaStream_t stream);
+
 // ---- conv3d_grad_weight.cu
 
 // Floats that conv3d_grad_weight needs to work with.

@@ -96,6 +96,13 @@ void count_stage(const Stage& stage) {
     conv3d_grad_weight<bf16>(window, channels, Math::kTensorCores, y.data(), x.data(), partial.data(), weight.data(),
                              nullptr);
   });
+  if (conv3d_halo_applies(window, channels)) {
+    DeviceBuffer<float> sums(conv3d_grad_weight_halo_partial_sums(window, channels));
+    count("conv3d_grad_weight_halo", [&] {
+      conv3d_grad_weight_halo<bf16>(window, channels, Math::kTensorCores, y.data(), x.data(), sums.data(),
+                                    weight.data(), nullptr);
+    });
+  }
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ int main(int argument_count, char** arguments) {
     s3d::cuda::test::test_blocks();
     s3d::cuda::test::test_norm();
     s3d::cuda::test::test_pool();
+    s3d::cuda::test::test_conv3d_stem();
+    s3d::cuda::test::test_conv3d_depthwise();
     s3d::cuda::test::test_conv3d();
     s3d::cuda::test::test_conv3d_fused();
   } catch (const std::exception& error) {

@@ -97,6 +97,8 @@ void check_result(const std::string& what, const Expected& expected, const Toler
 }
 
 void test_conv3d();
+void test_conv3d_stem();
+void test_conv3d_depthwise();
 void count();
 
 void test_conv3d_fused();

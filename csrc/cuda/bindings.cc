@@ -120,7 +120,7 @@ void correlate(const Window& window, const ConvChannels& channels, Math math, co
     const Scratch<float> partial(conv3d_stem_grad_weight_partial_sums<T>(window, channels));
     conv3d_stem_grad_weight<T>(window, channels, math, grad, x, partial.data(), grad_weight, stream);
   } else if (conv3d_halo_applies(window, channels)) {
-    const Scratch<float> partial(conv3d_grad_weight_halo_partial_sums(window, channels));
+    const Scratch<float> partial(conv3d_grad_weight_halo_partial_sums<T>(window, channels));
     conv3d_grad_weight_halo<T>(window, channels, math, grad, x, partial.data(), grad_weight, stream);
   } else {
     const Scratch<float> partial(conv3d_grad_weight_partial_sums(window, channels));

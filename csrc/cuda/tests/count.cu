@@ -97,7 +97,7 @@ void count_stage(const Stage& stage) {
                              nullptr);
   });
   if (conv3d_halo_applies(window, channels)) {
-    DeviceBuffer<float> sums(conv3d_grad_weight_halo_partial_sums(window, channels));
+    DeviceBuffer<float> sums(conv3d_grad_weight_halo_partial_sums<bf16>(window, channels));
     count("conv3d_grad_weight_halo", [&] {
       conv3d_grad_weight_halo<bf16>(window, channels, Math::kTensorCores, y.data(), x.data(), sums.data(),
                                     weight.data(), nullptr);

@@ -1,5 +1,5 @@
-// What Python calls, behind the tensor ABI of apache-tvm-ffi: the functions of cpu/bindings.cc for tensors on a GPU, with
-// `tf32` (whether float may go to tensor cores) in place of the number of threads. Shapes, types and devices are
+// What Python calls, behind the tensor ABI of apache-tvm-ffi: the functions of cpu/bindings.cc for tensors on a GPU,
+// with `tf32` (whether float may go to tensor cores) in place of the number of threads. Shapes, types and devices are
 // checked; what tables hold is not, for that would wait for the GPU.
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/string.h>

@@ -2,16 +2,16 @@
 //
 //   grad_weight[n, k, tap] = sum over voxels v with a source of grad[v, n] * x[source(v, tap), k]
 //
-// Layouts   grad [voxels, groups * N] and x [voxels, groups * K], channels last; the result as torch has it. Partial sums
-//           [part, group, tap, K, N] in float.
-// Work      A block of 4 warps makes one part of one (group, tap, kTile input channels, kTile output channels); kTile is
-//           32 or 64. It takes kBatch voxels of its part at a time, lists those that have a source under its tap (so no
+// Layouts   grad [voxels, groups * N] and x [voxels, groups * K], channels last; the result as torch has it. Partial
+//           sums [part, group, tap, K, N] in float.
+// Work      A block of 4 warps makes one part of one (group, tap, kTile input channels, kTile output channels); kTile
+//           is 32 or 64. It takes kBatch voxels of its part at a time, lists those that have a source under its tap (so no
 //           product is wasted on others) and multiplies them in steps of kPairs. A warp makes a quarter of the tile.
 //           Parts are cut by the problem alone; a second kernel adds them in their order. No atomics: the bits are the
 //           same from run to run.
 // Memory    kStages of kPairs * 2 * kTile numbers, by cp.async two steps ahead; chunks swizzled. The list: kBatch * 8
-//           bytes. bf16 with kTile = 64: 24 + 8 KiB; float: 48 + 8 KiB. Registers: kTile^2 / 128 sums a thread, 32 or 8.
-// Numbers   Both operands have pairs as rows, and products run along pairs: numbers of 16 bits go through ldmatrix.trans,
+//           bytes. bf16 with kTile = 64: 24 + 8 KiB; float: 48 + 8 KiB. Registers: kTile^2 / 128 sums, 32 or 8.
+// Numbers   Both operands have pairs as rows, and products run along pairs: those of 16 bits go through ldmatrix.trans,
 //           float by single loads (TF32 and, with Math::kExact, multiply-adds). Sums are float.
 // Limits    As conv3d_gather. Every tap reads its rows again.
 // Expected  A step multiplies 2 * kPairs * kTile^2 and fetches kPairs * 2 * kTile numbers: 32 FLOP a byte in bf16 with
@@ -216,7 +216,9 @@ __global__ void __launch_bounds__(GradWeightTraits<T, kTile>::kThreads, GradWeig
       place += __popc(found);
     }
     __syncthreads();
-    if (threadIdx.x == 0) count_useful_flops(2 * int64_t{count} * min(kTile, c.k - k_first) * min(kTile, c.n - n_first));
+    if (threadIdx.x == 0) {
+      count_useful_flops(2 * int64_t{count} * min(kTile, c.k - k_first) * min(kTile, c.n - n_first));
+    }
 
     const auto copy = [&](int step) {
       const Shared<T> to = stages + step % kStages * (2 * Traits::kOperandElements);

@@ -2,8 +2,8 @@
 //
 //   written[v, n] = bias[n] + sum over taps and k of gathered[source(v, tap), k] * weight[tap, k, n]
 //
-// Where blocks have side 1 or 2, most taps leave the block, and three of four neighbours are masked: of the 16 rows of a
-// fragment a few have a pair, and hardly ever none has. So the pairs of each tap are moved together first.
+// Where blocks have side 1 or 2, most taps leave the block, and three of four neighbours are masked: of the 16 rows of
+// a fragment a few have a pair, and hardly ever none has. So the pairs of each tap are moved together first.
 //
 // Layouts   gathered, written and the packed weight as in conv3d_gather.
 // Work      A block of 4 warps makes kTileM = 64 consecutive voxels x 64 channels of one group, for the taps of one
@@ -20,8 +20,8 @@
 // Limits    As in conv3d_gather; 64 columns even where there are fewer channels.
 // Expected  Bound by reading the weight (2 * 27 * 320 * 320 bytes in bf16: 5.5 MB) from L2 once for each 64 voxels. Not
 //           measured yet.
-// Source    Gathering the rows of each tap: Choy et al., Minkowski Engine (CVPR 2019), section 3; here within a tile, so
-//           that no sum leaves the block before it is complete.
+// Source    Gathering the rows of each tap: Choy et al., Minkowski Engine (CVPR 2019), section 3; here within a tile,
+//           so that no sum leaves the block before it is complete.
 #include <algorithm>
 
 #include "cuda/cp_async.cuh"

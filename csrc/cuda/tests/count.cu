@@ -1,5 +1,5 @@
-// What the convolutions of a ResEnc-L encoder do at a patch of 160^3 of which 75 % is masked, as the emulator counts it:
-// the table in docs/performance.md. Of the blocks of a stage a few are computed, with all of their neighbours there.
+// What the convolutions of a ResEnc-L encoder do at a patch of 160^3 of which 75 % is masked, as the emulator counts
+// it: the table in docs/performance.md. Of the blocks of a stage a few are computed, with all of their neighbours there.
 #include "cuda/tests/results.h"
 #include "tests/problem.h"
 
@@ -109,8 +109,8 @@ void count_stage(const Stage& stage) {
 
 void count() {
   emulator::set_options({0, false});
-  std::printf("| stage | block | kernel | useful / MMA FLOPs | bank conflicts, reads / writes | input bytes requested / "
-              "visible | useful FLOPs / byte requested |\n");
+  std::printf("| stage | block | kernel | useful / MMA FLOPs | bank conflicts, reads / writes | "
+              "input bytes requested / visible | useful FLOPs / byte requested |\n");
   std::printf("| ---: | --- | --- | ---: | ---: | ---: | ---: |\n");
   for (const Stage& stage : kStages) count_stage(stage);
 }

@@ -141,25 +141,25 @@ constexpr Triple kNone = {0, 0, 0}, kOne = {1, 1, 1}, kTwo = {2, 2, 2}, kThree =
                  kFive = {5, 5, 5}, kEight = {8, 8, 8};
 
 const Case kCases[] = {
-    {{2, {2, 3, 3}, kFour, kThree, kOne, kOne}, {32, 64, 1}, {0.4, 0.2}},
+    {{2, {2, 2, 2}, kFour, kThree, kOne, kOne}, {32, 64, 1}, {0.4, 0.2}},
     {{3, {3, 3, 2}, kTwo, kThree, kOne, kOne}, {40, 24, 1}, {0.7, 0, 0.4}},
     {{1, {6, 6, 6}, kOne, kThree, kOne, kOne}, {72, 80, 1}, {0.5}},
     {{2, {1, 2, 2}, {4, 8, 8}, {1, 3, 3}, kOne, {0, 1, 1}}, {7, 5, 1}, {0.8, 0.4}},
     {{2, {2, 2, 2}, kFour, kOne, kOne, kNone}, {33, 96, 1}, {0.5, 1}},
-    {{2, {3, 3, 3}, kOne, kFive, kOne, kTwo}, {8, 9, 1}, {0.9, 0.5}},
-    {{1, {2, 2, 2}, kFour, kFive, kOne, kTwo}, {8, 16, 1}, {0.7}},
-    {{2, {2, 2, 3}, kFour, kThree, kTwo, kOne}, {16, 32, 1}, {0.6, 0.8}},
+    {{2, {2, 3, 2}, kOne, kFive, kOne, kTwo}, {8, 9, 1}, {0.9, 0.5}},
+    {{1, {1, 2, 1}, kFour, kFive, kOne, kTwo}, {8, 16, 1}, {1}},
+    {{2, {2, 1, 2}, kFour, kThree, kTwo, kOne}, {16, 32, 1}, {0.6, 0.8}},
     {{2, {2, 2, 3}, {8, 8, 8}, kTwo, kTwo, kNone}, {24, 8, 1}, {0.3, 0.1}},
     {{2, {3, 3, 3}, kTwo, kTwo, kTwo, kNone}, {24, 40, 1}, {0.6, 0.3}},
     {{1, {3, 3, 3}, {2, 4, 4}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}}, {17, 33, 1}, {0.6}},
-    {{2, {2, 2, 2}, kFour, kThree, kOne, kOne}, {32, 48, 2}, {0.5, 0.5}},
+    {{2, {1, 2, 2}, kFour, kThree, kOne, kOne}, {32, 48, 2}, {0.5, 0.5}},
     {{1, {2, 3, 2}, kTwo, kThree, kOne, kOne}, {12, 6, 3}, {0.8}},
-    {{1, {2, 2, 2}, kFour, kThree, kTwo, kOne}, {8, 8, 8}, {0.8}},
-    {{1, {2, 2, 2}, kFour, kThree, kOne, kOne}, {1, 32, 1}, {0.8}},
+    {{1, {1, 2, 1}, kFour, kThree, kTwo, kOne}, {8, 8, 8}, {1}},
+    {{1, {1, 2, 1}, kFour, kThree, kOne, kOne}, {5, 32, 1}, {1}},
     {{2, {2, 2, 2}, kTwo, kThree, kOne, kOne}, {8, 8, 1}, {0, 0}},
     // Lists of pairs: taps in splits, more taps than a bit mask has, groups, odd channels.
     {{2, {2, 3, 2}, kTwo, kThree, kOne, kOne}, {64, 70, 1}, {0.6, 0.3}},
-    {{1, {3, 4, 3}, kOne, kFive, kOne, kTwo}, {40, 48, 1}, {0.5}},
+    {{1, {3, 3, 2}, kOne, kFive, kOne, kTwo}, {40, 48, 1}, {0.6}},
     {{2, {3, 2, 2}, kTwo, kThree, kOne, kOne}, {80, 96, 2}, {0.5, 0.7}},
     {{1, {6, 6, 5}, {1, 2, 2}, kThree, kOne, kOne}, {36, 33, 1}, {0.7}},
     // Voxels of more than one part of the gradient of the weight.

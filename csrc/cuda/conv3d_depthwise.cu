@@ -15,7 +15,7 @@
 //           threads are added by shuffles, those of the warps in their order, then those of the parts
 //           (weight_parts.cuh). Parts are cut by the problem alone: always the same bits.
 // Memory    Shared: the block's weights in float, 128 bytes a tap, and 8 bytes for each tap and coordinate of an axis
-//           (3.5 + 2.3 KiB for 3x3x3 and blocks of side 32); the gradient's sums, 4 KiB. Registers: below 128.
+//           (3.5 + 2.3 KiB for 3x3x3 and blocks of side 32); the gradient's sums, 4 KiB. Registers: at most 80.
 // Numbers   Products and sums in float, in an order that the problem alone fixes.
 // Limits    Fewer than 2^31 voxels on each side; shared memory bounds the kernel and the block
 //           (conv3d_depthwise_applies). Of C = 1, 2, 3 a block uses 1, 2, 3 lanes of 32.

@@ -121,6 +121,23 @@ def test_channel_counts(channels: tuple[int, int], name: str, emulated: NativeBa
     check(emulated, case, MASKS[name](), torch.bfloat16, None, name)
 
 
+@pytest.mark.parametrize(
+    ("channels", "groups", "kernel"), [((2, 32), 1, "conv3d_stem"), ((6, 6), 6, "conv3d_depthwise")], ids=str
+)
+def test_few_channels_and_depthwise_have_kernels_of_their_own(
+    channels: tuple[int, int], groups: int, kernel: str, emulated: NativeBackend
+) -> None:
+    mask = MASKS["side 4, unequal"]()
+    dense = draw((mask.batch, channels[0], *mask.shape), 0, torch.bfloat16)
+    x = BlockSparseTensor.from_dense(dense, mask)
+    weight = draw((channels[1], channels[0] // groups, 3, 3, 3), 1, torch.bfloat16).requires_grad_()
+    emulated_cuda.take_launches(emulated)
+    with use_backend(emulated.name):
+        functional.sparse_conv3d(x, weight, None, 1, 1, groups).blocks.sum().backward()
+    launches = [name for name in emulated_cuda.take_launches(emulated) if name.startswith("conv3d")]
+    assert launches == [kernel, f"{kernel}_grad_weight", f"{kernel}_grad_weight_sum"]
+
+
 def test_statistics_are_safe_far_from_zero(emulated: NativeBackend) -> None:
     mask = MASKS["voxels"]()
     x = torch.randn(mask.batch, 3, *mask.shape, generator=seeded(0)) + 1e4

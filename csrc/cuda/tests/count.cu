@@ -105,6 +105,55 @@ void count_stage(const Stage& stage) {
   }
 }
 
+// The stem beside the kernels that it replaces: one channel to 32. Bytes requested per written voxel are those of the
+// input, and all: with tables, the weight and, for its gradient, grad.
+void count_stem(int64_t side, int64_t rows) {
+  const Layout layout = layout_of(1);
+  std::vector<int32_t> table = neighbour_table(layout, layout, {1, 1, 1});
+  table.resize(rows * 27);
+  table.shrink_to_fit();
+  const emulator::RegisteredBuffer registered(table.data(), table.size() * 4, "table");
+  const Triple block = {side, side, side}, three = {3, 3, 3}, one = {1, 1, 1};
+  const Window window = {rows, layout.rows, block, block, three, one, one, one, false,
+                         table.data(), nullptr, nullptr};
+  const ConvChannels channels = {1, 32, 1};
+  const auto written = static_cast<double>(rows * block.volume());
+  DeviceBuffer<bf16> x(layout.rows * block.volume()), y(rows * block.volume() * 32), weight(27 * 32);
+  DeviceBuffer<bf16> packed(conv3d_packed_elements<bf16>(window, channels));
+  conv3d_pack_weight<bf16>(window, channels, Math::kTensorCores, weight.data(), packed.data(), nullptr);
+  const auto count = [&](const char* kernel, const auto& compute) {
+    emulator::take_launches();
+    const int64_t before = x.bytes_read();
+    compute();
+    const emulator::Counters c = emulator::take_launches()[0].counters;
+    std::printf("| %d^3, 1 to 32 | `%s` | %.3f | %lld / %lld | %.0f | %.0f |\n", static_cast<int>(side), kernel,
+                static_cast<double>(c.useful_flops) / static_cast<double>(c.mma_flops),
+                static_cast<long long>(c.shared_read_conflicts), static_cast<long long>(c.shared_write_conflicts),
+                static_cast<double>(x.bytes_read() - before) / written,
+                static_cast<double>(c.global_bytes_read) / written);
+    std::fflush(stdout);
+  };
+  count("conv3d_gather", [&] {
+    conv3d_gather<bf16>(window, channels, Math::kTensorCores, x.data(), packed.data(), nullptr, y.data(), nullptr);
+  });
+  count("conv3d_halo", [&] {
+    conv3d_halo<bf16>(window, channels, Math::kTensorCores, x.data(), packed.data(), nullptr, y.data(), nullptr);
+  });
+  count("conv3d_stem", [&] {
+    conv3d_stem<bf16>(window, channels, Math::kTensorCores, x.data(), weight.data(), nullptr, y.data(), nullptr);
+  });
+  DeviceBuffer<float> general(conv3d_grad_weight_partial_sums(window, channels));
+  count("conv3d_grad_weight", [&] {
+    conv3d_grad_weight<bf16>(window, channels, Math::kTensorCores, y.data(), x.data(), general.data(), weight.data(),
+                             nullptr);
+  });
+  DeviceBuffer<float> partial(conv3d_stem_grad_weight_partial_sums<bf16>(window, channels));
+  count("conv3d_stem_grad_weight", [&] {
+    conv3d_stem_grad_weight<bf16>(window, channels, Math::kTensorCores, y.data(), x.data(), partial.data(),
+                                  weight.data(), nullptr);
+  });
+}
+
 }  // namespace
 
 void count() {
@@ -113,6 +162,11 @@ void count() {
               "input bytes requested / visible | useful FLOPs / byte requested |\n");
   std::printf("| ---: | --- | --- | ---: | ---: | ---: | ---: |\n");
   for (const Stage& stage : kStages) count_stage(stage);
+  std::printf("\n| block | kernel | useful / MMA FLOPs | bank conflicts, reads / writes | input bytes requested / "
+              "voxel | bytes requested / voxel |\n");
+  std::printf("| --- | --- | ---: | ---: | ---: | ---: |\n");
+  count_stem(32, 1);
+  count_stem(16, 4);
 }
 
 }  // namespace s3d::cuda::test

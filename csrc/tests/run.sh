@@ -3,6 +3,7 @@
 #   emulator           the emulator of CUDA: right kernels pass, planted faults are found
 #   emulator_ucontext  the same without its assembly, with UndefinedBehaviorSanitizer
 #   cuda               the CUDA kernels, run by the emulator
+#   count              what they do on the layers of an encoder, counted by the emulator
 # and of the CPU kernels
 #   plain    as they are
 #   address  with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -161,12 +162,18 @@ cuda() {
   "$work/cuda/test_cuda"
 }
 
+# The table in docs/performance.md.
+count() {
+  build_emulated "$work/cuda/test_cuda" "$(echo "$csrc"/cuda/*.cu "$csrc"/cuda/tests/*.c[cu])"
+  "$work/cuda/test_cuda" --count
+}
+
 variants=("$@")
 [[ $# -gt 0 ]] || variants=(emulator emulator_ucontext cuda plain address thread neon)
 for variant in "${variants[@]}"; do
   case $variant in
-    emulator | emulator_ucontext | cuda | plain | address | thread | neon | python) ;;
-    *) echo "unknown variant $variant; known: emulator emulator_ucontext cuda plain address thread neon python" >&2 && exit 2 ;;
+    emulator | emulator_ucontext | cuda | count | plain | address | thread | neon | python) ;;
+    *) echo "unknown variant $variant; known: emulator emulator_ucontext cuda count plain address thread neon python" >&2 && exit 2 ;;
   esac
   echo "== $variant"
   # Not in a condition, where the shell would go on behind errors.

@@ -138,6 +138,33 @@ def test_few_channels_and_depthwise_have_kernels_of_their_own(
     assert launches == [kernel, f"{kernel}_grad_weight", f"{kernel}_grad_weight_sum"]
 
 
+GENERAL = {
+    "1x1x1": ((1, 1, 1), (1, 1, 1), (0, 0, 0)),
+    "3x3x3 stride 2": ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    "1x3x3": ((1, 3, 3), (1, 1, 1), (0, 1, 1)),
+    "2x2x2 stride 2": ((2, 2, 2), (2, 2, 2), (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", list(GENERAL))
+def test_kernels_for_many_channels(name: str, emulated: NativeBackend) -> None:
+    """The cases above have few channels, for which there are kernels of their own."""
+    kernel, stride, padding = GENERAL[name]
+    case = Case(
+        "conv",
+        lambda x, w: functional.sparse_conv3d(x, w[0], w[1], stride, padding),
+        lambda x, m, w: oracle.conv3d(x, m, w[0], w[1], stride, padding, 1),
+        ((40, 24, *kernel), (40,)),
+        24,
+        needs_even=kernel == (2, 2, 2),
+    )
+    with emulated_cuda.exactly():
+        for mask_name in ("side 4, unequal", "side 2", "voxels"):
+            mask = MASKS[mask_name]()
+            if fits(case, mask):
+                check(emulated, case, mask, torch.float32, None, mask_name)
+
+
 def test_statistics_are_safe_far_from_zero(emulated: NativeBackend) -> None:
     mask = MASKS["voxels"]()
     x = torch.randn(mask.batch, 3, *mask.shape, generator=seeded(0)) + 1e4

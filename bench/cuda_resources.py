@@ -32,8 +32,12 @@ def compiled(source: Path, architecture: str) -> dict[str, tuple[int, int, int]]
 
 
 def kernel_of(mangled: str) -> str:
-    """Name of a kernel without its namespace and template arguments."""
-    return re.findall(r"\d+([a-z][a-z0-9_]*_kernel)", mangled)[-1].lstrip("0123456789")
+    """Name of a kernel without its namespaces and template arguments."""
+    rest, name = mangled.partition("_ZN")[2], ""
+    while rest[:1].isdigit():  # names stand behind their lengths
+        length = re.match(r"\d+", rest)[0]  # type: ignore[index]
+        name, rest = rest[len(length) :][: int(length)], rest[len(length) + int(length) :]
+    return name
 
 
 def main(architectures: list[str]) -> None:

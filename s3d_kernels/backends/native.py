@@ -5,7 +5,8 @@ float64 are computed as they are; bfloat16 and float16 are read and written by t
 float32 and rounded once.
 
 For CUDA tensors CUDA C++ (`csrc/cuda`), for compute capability 8.0 and later. bfloat16 and float16 are multiplied on
-tensor cores, and so is float32 (as TF32) where `torch.backends.cudnn.allow_tf32` allows it; sums are float32.
+tensor cores, and so is float32 (as TF32) where torch allows that for convolutions (`torch.backends.cudnn.allow_tf32`
+or `torch.backends.cudnn.conv.fp32_precision`); sums are float32.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ CUDA = NativeLibrary(
     path=PACKAGE / "libs3d_cuda.so",
     folders=("cuda", "include"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    setting=lambda: int(torch.backends.cudnn.allow_tf32),
+    # The attribute that both of torch's ways to set it change; the older one cannot be read after the newer one is set.
+    setting=lambda: int(torch.backends.cudnn.conv.fp32_precision == "tf32"),
     missing="no nvcc, or S3D_CUDA=0, at installation",
     device_reason=_too_old,
     check_first_use=True,

@@ -18,7 +18,7 @@ from torch import Tensor
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, functional, use_backend
 from s3d_kernels.backends import BlocksProblem, ConvProblem, NormProblem, PoolProblem
 from s3d_kernels.backends.first_use import disagreement
-from s3d_kernels.backends.native import NativeBackend
+from s3d_kernels.backends.native import CUDA, NativeBackend
 from s3d_kernels.backends.native_library import NativeLibrary
 
 from . import emulated_cuda
@@ -106,6 +106,15 @@ def test_tf32_is_used_where_torch_allows_it(emulated: NativeBackend) -> None:
     assert errors[False] < TOLERANCE[torch.float32] < errors[True] < TF32
     with torch.backends.cudnn.flags(allow_tf32=True):
         check(emulated, case, mask, torch.float32, TF32, "TF32")
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("ieee", 0), ("tf32", 1)])
+def test_tf32_is_set_in_the_newer_way_too(precision: str, tf32: int) -> None:
+    try:
+        torch.backends.cudnn.conv.fp32_precision = precision
+        assert CUDA.setting() == tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = True  # the default, for all operators
 
 
 @pytest.mark.parametrize("channels", [(33, 40), (1, 32), (72, 8)], ids=str)

@@ -6,8 +6,9 @@ and one build serves every version of both.
 The library for CPU tensors: S3D_NATIVE=0 leaves it out, S3D_NATIVE=1 makes a missing compiler an error; without either,
 a missing compiler is reported and the package installs without it. CXX names the compiler, CXXFLAGS adds flags.
 
-The library for CUDA tensors: the same with S3D_CUDA, and nvcc, which is looked for in NVCC, PATH, CUDA_HOME and
-/usr/local/cuda. NVCC_APPEND_FLAGS adds flags.
+The library for CUDA tensors: the same with S3D_CUDA, and nvcc, which is looked for in NVCC, PATH, CUDA_HOME,
+/usr/local/cuda and the packages nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt and nvidia-cuda-runtime, where pip's
+--no-build-isolation lets us see them. NVCC_APPEND_FLAGS adds flags.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +62,7 @@ def nvcc() -> list[str] | None:
     if os.environ.get("NVCC"):
         return shlex.split(os.environ["NVCC"])
     folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    folders += sorted(str(path) for entry in sys.path if entry for path in Path(entry).glob("nvidia/cu*"))
     places = ["nvcc", *(str(Path(folder) / "bin" / "nvcc") for folder in folders if folder)]
     return next(([place] for place in places if shutil.which(place)), None)
 
@@ -151,7 +154,7 @@ class Library:
 
 LIBRARIES = [
     Library("CPU", "S3D_NATIVE", cxx, "no C++ compiler: c++, g++, clang++ or CXX", build_cpu),
-    Library("CUDA", "S3D_CUDA", nvcc, "no nvcc in PATH, CUDA_HOME, /usr/local/cuda or NVCC", build_cuda),
+    Library("CUDA", "S3D_CUDA", nvcc, "no nvcc in NVCC, PATH, CUDA_HOME, /usr/local/cuda or from pip", build_cuda),
 ]
 
 

@@ -104,7 +104,7 @@ python() {
   cp -r "$root"/{s3d,s3d_kernels,csrc,tests,setup.py,pyproject.toml,README.md,LICENSE} "$copy"
   rm -f "$copy"/s3d_kernels/*.so
   cd "$copy"
-  CXXFLAGS="${sanitizers[*]} -O1" S3D_NATIVE=1 "$python" setup.py -q build_ext --inplace
+  CXXFLAGS="${sanitizers[*]} -O1" S3D_NATIVE=1 S3D_CUDA=0 "$python" setup.py -q build_ext --inplace
   # The copy must be what is imported, also where another one is installed.
   for name in libasan.so libubsan.so; do preload="$preload $("${CXX:-c++}" -print-file-name=$name)"; done
   PYTHONPATH=$copy LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "$python" - <<'END'

@@ -134,8 +134,13 @@ class NativeBackend:
             return self._wrong[key]
         if problem.device == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # the check waits for its results, which a capture forbids
-        wrong = disagreement(self, problem.operator, problem.dtype, torch.device(problem.device))
-        self._wrong[key] = None if wrong is None else f"it gave wrong results on this machine: {wrong}"
+        self._wrong[key] = None  # while the check runs
+        try:
+            wrong = disagreement(self, problem.operator, problem.dtype, torch.device(problem.device))
+            reason = None if wrong is None else f"it gave wrong results on this machine: {wrong}"
+        except RuntimeError as error:  # a driver that is too old, no code for this GPU, no memory
+            wrong = reason = f"it cannot run on this machine: {str(error).splitlines()[0]}"
+        self._wrong[key] = reason
         if wrong is not None:
             warnings.warn(
                 f"native {problem.device} kernels are disabled for {problem.operator}: {wrong}. Please report this, "

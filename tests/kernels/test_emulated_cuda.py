@@ -219,6 +219,22 @@ def test_the_check_of_the_first_use(operator: str, emulated: NativeBackend) -> N
         assert faulty.calls == calls, "the check ran again"
 
 
+def test_kernels_that_cannot_run_are_passed_over(emulated: NativeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a driver that is too old."""
+    backend = FaultyBackend("nothing", emulated._libraries["cpu"])
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("gather_blocks cannot be launched: CUDA driver version is insufficient\nmore")
+
+    monkeypatch.setattr(backend, "_call", refuse)
+    problem = BlocksProblem("cpu", torch.float32, 4, (4, 4, 4), False)
+    with pytest.warns(UserWarning, match="disabled for blocks: it cannot run on this machine: gather_blocks cannot"):
+        reason = backend.why_not(problem)
+    assert reason is not None
+    assert reason.endswith("CUDA driver version is insufficient")
+    assert backend.why_not(problem) == reason
+
+
 class FaultyBackend(NativeBackend):
     """Emulated CUDA, one function of which is off by a little."""
 

@@ -134,11 +134,13 @@ class NativeBackend:
             return self._wrong[key]
         if problem.device == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # the check waits for its results, which a capture forbids
-        self._wrong[key] = None  # while the check runs
+        reason: str | None
         try:
             wrong = disagreement(self, problem.operator, problem.dtype, torch.device(problem.device))
             reason = None if wrong is None else f"it gave wrong results on this machine: {wrong}"
-        except RuntimeError as error:  # a driver that is too old, no code for this GPU, no memory
+        except torch.OutOfMemoryError:  # not the kernels' fault
+            raise
+        except RuntimeError as error:  # a driver that is too old, or no code for this GPU
             wrong = reason = f"it cannot run on this machine: {str(error).splitlines()[0]}"
         self._wrong[key] = reason
         if wrong is not None:

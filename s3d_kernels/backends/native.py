@@ -55,7 +55,7 @@ CUDA = NativeLibrary(
     folders=("cuda", "include"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     # The attribute that both of torch's ways to set it change; the older one cannot be read after the newer one is set.
-    setting=lambda: int(torch.backends.cudnn.conv.fp32_precision == "tf32"),
+    setting=lambda: int(torch.backends.cudnn.conv.fp32_precision == "tf32"),  # type: ignore[attr-defined]
     missing="no nvcc, or S3D_CUDA=0, at installation",
     device_reason=_too_old,
     check_first_use=True,

@@ -13,7 +13,7 @@
 
 #include "emulator/global_memory.h"
 #else
-#include <tvm/ffi/extra/cuda/device_guard.h>
+#include "cuda/launch.cuh"
 #endif
 
 namespace s3d {
@@ -43,18 +43,23 @@ class OnDeviceOf {
     return all;
   }
 #else
-  explicit OnDeviceOf(const TensorView& tensor) : guard_(checked(tensor.device())) {
+  explicit OnDeviceOf(const TensorView& tensor) {
     call_device = tensor.device();
+    if (call_device.device_type != kDLCUDA) TVM_FFI_THROW(ValueError) << "tensors must lie on a CUDA device";
+    check_launch(cudaGetDevice(&before_), "a kernel");
+    if (before_ != call_device.device_id) check_launch(cudaSetDevice(call_device.device_id), "a kernel");
     stream_ = static_cast<cudaStream_t>(TVMFFIEnvGetStream(call_device.device_type, call_device.device_id));
   }
+  // An error here is that of a call before, or shows in the next one; to throw while one is thrown ends the process.
+  ~OnDeviceOf() {
+    if (before_ != call_device.device_id) cudaSetDevice(before_);
+  }
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
   cudaStream_t stream() const { return stream_; }
 
  private:
-  static int checked(DLDevice device) {
-    if (device.device_type != kDLCUDA) TVM_FFI_THROW(ValueError) << "tensors must lie on a CUDA device";
-    return device.device_id;
-  }
-  tvm::ffi::CUDADeviceGuard guard_;
+  int before_ = 0;
   cudaStream_t stream_;
 #endif
 };

@@ -115,7 +115,7 @@ struct Affine {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {
       const float value = (values[i] - mean[i]) * scale[i] + shift[i];
-      values[i] = value < 0 ? value * slope : value;
+      values[i] = !(value < 0) ? value : slope == 0 ? 0.0f : value * slope;  // a zero for -inf too
     }
     store(chunk, pack_chunk<T>(values));
   }

@@ -14,9 +14,12 @@
 #ifdef S3D_EMULATOR
 #include "emulator/launch.h"
 #else
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace s3d::cuda {
 
@@ -33,17 +36,29 @@ inline size_t most_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
+// A kernel may have 48 KiB, static memory included, unless it is allowed more. All there is, once for each device, and
+// never less again: another thread may be about to launch the same kernel with more.
+inline void allow_all_shared_memory(const void* function, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  check_launch(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({function, device}) > 0) return;
+  cudaFuncAttributes attributes;
+  check_launch(cudaFuncGetAttributes(&attributes, function), name);
+  check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(most_shared_bytes() - attributes.sharedSizeBytes)),
+               name);
+  allowed.insert({function, device});
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
-  constexpr size_t kAlwaysAllowed = 48 << 10;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const auto* const function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > kAlwaysAllowed) {
-    check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)),
-                 name);
-  }
+  if (shared_bytes > 0) allow_all_shared_memory(function, name);
   std::tuple<Parameters...> parameters(static_cast<Parameters>(arguments)...);
   void* pointers[sizeof...(Parameters) + 1];
   std::apply([&](auto&... each) { size_t i = 0; ((pointers[i++] = &each), ...); }, parameters);

@@ -33,7 +33,7 @@ namespace s3d::cuda {
 #define S3D_MMA(type, shape, format)                                                                          \
   template <>                                                                                                 \
   __device__ __forceinline__ void mma<type>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {  \
-    asm("mma.sync.aligned." shape ".row.col.f32." format "." format ".f32 "                                   \
+    asm volatile("mma.sync.aligned." shape ".row.col.f32." format "." format ".f32 "                          \
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                     \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                      \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                  \

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .interface import (
@@ -123,6 +124,8 @@ def choose(name: str, problem: Problem) -> Backend:
         able = [candidate for candidate, reason in reasons.items() if reason is None]
         if not able:
             raise ValueError(f"no backend can compute {problem}: {reasons}")
+        if problem.device == "cuda" and torch.cuda.is_current_stream_capturing():
+            return REGISTRY[able[0]]  # the check of a kernel's first use had to wait
         _chosen[problem] = able[0]
         for passed, reason in reasons.items():
             if passed == able[0]:

@@ -33,11 +33,11 @@ def disagreement(backend: Backend, operator: str, dtype: torch.dtype, device: to
 def _results(backend: Backend, operator: str, dtype: torch.dtype, device: torch.device, side: int) -> dict[str, Tensor]:
     """Of two neighbouring blocks, beside which a third one is masked."""
     block: Triple = (side, side, side)
-    generator = torch.Generator().manual_seed(side)
+    generator = torch.Generator("cpu").manual_seed(side)
 
     def draw(*shape: int, table: bool = False) -> Tensor:
         # Rounded to bfloat16, so that every type holds the same numbers.
-        values = torch.randn(*shape, generator=generator).to(torch.bfloat16)
+        values = torch.randn(*shape, generator=generator, device="cpu").to(torch.bfloat16)
         return values.to(device, torch.float32 if table and dtype != torch.float64 else dtype)
 
     index = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int32, device=device)
@@ -87,7 +87,7 @@ def _results(backend: Backend, operator: str, dtype: torch.dtype, device: torch.
 
 def _window(index: Tensor, block: Triple) -> WindowGeometry:
     """A 3x3x3 window with padding; the blocks lie beside each other along the width."""
-    table = torch.full((2, 27), -1, dtype=torch.int32)
+    table = torch.full((2, 27), -1, dtype=torch.int32, device="cpu")
     table[0, 13], table[0, 14] = 0, 1
     table[1, 12], table[1, 13] = 0, 1
     one: Triple = (1, 1, 1)

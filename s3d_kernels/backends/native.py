@@ -33,6 +33,10 @@ def _too_old() -> str | None:
         return "torch sees no GPU"
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
+    import tvm_ffi  # noqa: F401  gives torch the interface where it is older
+
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return f"torch {torch.__version__} has no DLPack exchange API, through which kernels get memory"
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return f"its kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
@@ -111,7 +115,7 @@ class NativeBackend:
     def __init__(self, name: str = "native", libraries: Mapping[str, NativeLibrary] | None = None) -> None:
         self.name = name
         self._libraries = libraries or {"cpu": CPU, "cuda": CUDA}
-        self._wrong: dict[tuple[str, str, torch.dtype], str | None] = {}  # what the checks of first uses found
+        self._wrong: dict[tuple[str, int, torch.dtype], str | None] = {}  # what the checks of first uses found
 
     def why_not(self, problem: Problem) -> str | None:
         library = self._libraries.get(problem.device)
@@ -128,11 +132,12 @@ class NativeBackend:
         return reason
 
     def _wrong_at_first_use(self, problem: Problem) -> str | None:
-        """What the check says about the kernels of a problem; it runs once for each operator, device and dtype."""
-        key = (problem.operator, problem.device, problem.dtype)
+        """What the check says about the kernels of a problem; it runs once for each operator, current GPU and dtype."""
+        on_gpu = problem.device == "cuda"
+        key = (problem.operator, torch.cuda.current_device() if on_gpu else -1, problem.dtype)
         if key in self._wrong:
             return self._wrong[key]
-        if problem.device == "cuda" and torch.cuda.is_current_stream_capturing():
+        if on_gpu and torch.cuda.is_current_stream_capturing():
             return None  # the check waits for its results, which a capture forbids
         reason: str | None
         try:
@@ -154,7 +159,13 @@ class NativeBackend:
     def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
         """Call a function of the library for the device of x, its first argument."""
         library = self._libraries[x.device.type]
-        getattr(library.functions(), name)(x, *arguments, library.setting())
+        try:
+            getattr(library.functions(), name)(x, *arguments, library.setting())
+        except (MemoryError, RuntimeError) as error:
+            # torch's allocator hands its own error over the ABI as one of these.
+            if x.device.type == "cuda" and ("out of memory" in str(error) or isinstance(error, MemoryError)):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
 
     # ---- convolution
 

@@ -66,4 +66,4 @@ def take_launches(backend: NativeBackend) -> list[str]:
 
 def exactly() -> torch.backends.cudnn.flags:  # type: ignore[name-defined]
     """A context in which float32 may not be rounded to TF32."""
-    return torch.backends.cudnn.flags(allow_tf32=False)
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

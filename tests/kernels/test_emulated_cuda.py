@@ -100,11 +100,11 @@ def test_tf32_is_used_where_torch_allows_it(emulated: NativeBackend) -> None:
     truth = oracle.conv3d(x.double(), mask.to_dense(), weight.double(), None, (1, 1, 1), (1, 1, 1), 1)
     errors = {}
     for allowed in (True, False):
-        with torch.backends.cudnn.flags(allow_tf32=allowed), use_backend(emulated.name):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed), use_backend(emulated.name):
             y = functional.sparse_conv3d(BlockSparseTensor.from_dense(x, mask), weight, None, 1, 1).to_dense()
         errors[allowed] = float((y - truth).norm() / truth.norm())
     assert errors[False] < TOLERANCE[torch.float32] < errors[True] < TF32
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         check(emulated, case, mask, torch.float32, TF32, "TF32")
 
 

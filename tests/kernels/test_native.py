@@ -377,6 +377,18 @@ def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None
         functional.sparse_conv3d(x, torch.randn(2, 2, 1, 1, 1), backend="native")
 
 
+def test_gpus_that_cannot_run_the_kernels_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it can be seen without one."""
+    if not torch.cuda.is_available():
+        assert native.CUDA.why_not() == "torch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert native.CUDA.why_not() == "its kernels need compute capability 8.0, this GPU has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    absent = dataclasses.replace(native.CUDA, path=native.CUDA.path.with_name("absent.so"))
+    assert absent.why_not() == "the native CUDA library was not built: no nvcc, or S3D_CUDA=0, at installation"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["direct", "winograd"])
 def test_more_than_two_to_the_31_elements(method: str) -> None:

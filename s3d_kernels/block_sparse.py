@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import BlockGeometry, current_backend
 from .block_mask import BlockMask
-from .fused_norm import PendingNorm
+from .fused_norm import DeferredNorm, PendingNorm
 from .operators import gather_blocks, scatter_blocks
 from .recompute import Kept, Recipe
 
@@ -27,7 +27,7 @@ class BlockSparseTensor:
 
     Attributes:
         blocks: [V, bd, bh, bw, C], channels last; what lies at masked voxels of partly visible blocks is arbitrary.
-            Of a normalisation it is computed when it is first asked for, see :meth:`of_norm`.
+            Of a normalisation it is computed when it is first asked for, see :meth:`of_norm` and :meth:`defer`.
         mask: which voxels of which volumes the blocks are.
     """
 
@@ -42,8 +42,10 @@ class BlockSparseTensor:
             )
         self._blocks: Tensor | None = blocks
         self._pending: PendingNorm | None = None
+        self._deferred: DeferredNorm | None = None  # of the pending norm, if a convolution has used it
         self._recipe: Recipe | None = None
         self._recipe_version = 0
+        self._statistics: tuple[Tensor, Tensor, int, str] | None = None
         self._waiting: list[weakref.ref[BlockSparseTensor]] = []  # results that still have to read these features
         self._operands: tuple[BlockSparseTensor, ...] = ()  # what this waits for
         self.mask = mask
@@ -70,7 +72,7 @@ class BlockSparseTensor:
     def blocks(self) -> Tensor:
         """Features [V, bd, bh, bw, C]."""
         if self._blocks is None:
-            self._finish(1.0)
+            self._finish()
         assert self._blocks is not None
         return self._blocks
 
@@ -93,16 +95,48 @@ class BlockSparseTensor:
         if recipe is not None:
             self._recipe_version = self.blocks._version
 
+    def with_statistics(self, mean: Tensor, squares: Tensor, backend: str) -> BlockSparseTensor:
+        """The same features, of which a backend knows the statistics [N, C] already, see :meth:`statistics`."""
+        x = self.with_blocks(self.blocks)
+        x._remember(self.recipe)
+        x._statistics = (mean, squares, x.blocks._version, backend)
+        return x
+
+    def statistics(self, backend: str) -> tuple[Tensor, Tensor] | None:
+        """Mean and squared deviations [N, C] that a backend found when it computed the features, if they still are so.
+
+        Args:
+            backend: name of the backend that is to find them; None of what another one found.
+        """
+        if self._statistics is None or torch.compiler.is_compiling():
+            return None
+        mean, squares, version, name = self._statistics
+        return (mean, squares) if name == backend and self.blocks._version == version else None
+
+    def may_fuse(self) -> bool:
+        """Whether anything may wait for what is done with these features, see ``PendingNorm.may_wait``."""
+        return PendingNorm.may_wait(self._like)
+
+    def defer(self) -> DeferredNorm | None:
+        """The norm and LeakyReLU that these features wait for, for a reader who computes them on the way.
+
+        None if the features are there already, or if somebody else must compute them.
+        """
+        if self._pending is None or not self._pending.may_defer():
+            return None
+        if self._deferred is None:
+            self._deferred = self._pending.defer()
+        return self._deferred
+
     @property
     def _like(self) -> Tensor:
         """A tensor of the shape, dtype and device of the features, without computing them."""
         return self.blocks if self._pending is None else self._pending.x
 
-    def _finish(self, slope: float) -> None:
+    def _finish(self) -> None:
         assert self._pending is not None
-        norm = self._pending
-        self._blocks, recipe = norm.compute(slope)
-        self._pending, self._operands = None, ()
+        self._blocks, recipe = self._pending.compute(self._deferred)
+        self._pending, self._deferred, self._operands = None, None, ()
         self._remember(recipe)
 
     def _before_modification(self) -> None:
@@ -110,8 +144,9 @@ class BlockSparseTensor:
         for ref in self._waiting:
             result = ref()
             if result is not None and result._pending is not None:
-                result._finish(1.0)
+                result._finish()
         self._waiting = []
+        self._statistics = None
         if isinstance(self._recipe, Kept):
             self._blocks = self.blocks.clone()
         self._recipe = None
@@ -349,7 +384,7 @@ def _fused_addition(x: Any, other: Any) -> BlockSparseTensor | None:
     """x + other as one more part of the normalisation that x waits for, or None if it does not."""
     if not isinstance(x, BlockSparseTensor) or not isinstance(other, BlockSparseTensor) or x._pending is None:
         return None
-    if not x.mask.same_layout(other.mask):
+    if x._pending.slope != 1.0 or not x.mask.same_layout(other.mask):
         return None
     residual = other.blocks  # which finishes x, if both are the same
     norm = None if x._pending is None else x._pending.plus(residual, other.recipe)
@@ -359,15 +394,18 @@ def _fused_addition(x: Any, other: Any) -> BlockSparseTensor | None:
 def _fused_leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> BlockSparseTensor | None:
     """LeakyReLU as one more part of the normalisation that the input waits for, or None if it does not."""
     x = input
-    if not isinstance(x, BlockSparseTensor) or x._pending is None or negative_slope < 0:
+    if not isinstance(x, BlockSparseTensor) or x._pending is None:
         return None
-    if x._pending.grad_mode != torch.is_grad_enabled():
+    norm = x._pending.activated(negative_slope)
+    if norm is None:
         return None
     if inplace:
-        x._finish(negative_slope)
-        return x
-    result = BlockSparseTensor.of_norm(x._pending, x.mask)
-    result._finish(negative_slope)
+        x._pending = norm
+        result = x
+    else:
+        result = BlockSparseTensor.of_norm(norm, x.mask, *x._operands)
+    if not norm.may_defer():
+        result._finish()
     return result
 
 

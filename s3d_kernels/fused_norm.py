@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from . import operators
-from .backends import BlockGeometry
+from .backends import BlockGeometry, ConvProblem, fusing
 from .operators.norm import SAVED_X, SAVED_Y, affine_tables
 from .recompute import MAX_STEPS, Kept, NormRecipe, Recipe, compute_instead
 
@@ -31,6 +34,7 @@ class PendingNorm:
         residual_recipe: how to compute residual again, or None.
         grad_mode: whether gradients were recorded when the norm was called.
         versions: of x, weight, bias and residual at their calls.
+        slope: of the LeakyReLU that follows; 1: none.
     """
 
     x: Tensor
@@ -46,6 +50,7 @@ class PendingNorm:
     residual_recipe: Recipe | None = None
     grad_mode: bool = field(default_factory=torch.is_grad_enabled)
     versions: tuple[int | None, ...] = ()
+    slope: float = 1.0
 
     @staticmethod
     def may_wait(x: Tensor) -> bool:
@@ -59,60 +64,105 @@ class PendingNorm:
     def plus(self, residual: Tensor, recipe: Recipe | None) -> PendingNorm | None:
         """The same with features to add, or None if an addition afterwards would give something else."""
         fits = residual.shape == self.x.shape and residual.dtype == self.x.dtype and not residual.is_inference()
-        if self.residual is not None or not fits or self.grad_mode != torch.is_grad_enabled():
+        if self.residual is not None or self.slope != 1.0 or not fits or self.grad_mode != torch.is_grad_enabled():
             return None
         self._check()
         return replace(self, residual=residual, residual_recipe=recipe).waiting()
 
-    def compute(self, slope: float) -> tuple[Tensor, Recipe | None]:
-        """The features after LeakyReLU (slope 1: none), and how backward gets them, if it can without keeping them.
+    def activated(self, slope: float) -> PendingNorm | None:
+        """The same with LeakyReLU, or None if that afterwards would give something else."""
+        if self.slope != 1.0 or slope < 0 or self.grad_mode != torch.is_grad_enabled():
+            return None
+        return replace(self, slope=slope)
 
+    def may_defer(self) -> bool:
+        """Whether a convolution that follows may compute the result itself, see :meth:`defer`.
+
+        Not with a residual, which it would have to read too; and not where hooks on saved tensors are set, of
+        torch.utils.checkpoint or others, which are to see what they would see without all this.
+        """
+        if self.residual is not None or self.slope == 1.0 or not self.versions or _hooks_are_set():
+            return False
+        sides = (3, 3, 3), (1, 1, 1), (1, 1, 1)
+        channels, block, partial = self.x.shape[-1], self.geometry.block, self.geometry.voxels is not None
+        problem = ConvProblem(self.x.device.type, self.x.dtype, channels, channels, 1, *sides, block, partial)
+        return fusing(self.shared[-1], problem) is not None
+
+    def defer(self) -> DeferredNorm:
+        """The place of the result in the graph, for readers who compute the values themselves.
+
+        Raises:
+            RuntimeError: an operand was modified in place since the norm was called.
+        """
+        self._check()
+        with torch.set_grad_enabled(self.grad_mode):
+            place = operators.normalize_deferred(*self._arguments())
+        return DeferredNorm(place, self.x.detach(), self._recipe(self._relieve_input(place), None))
+
+    def compute(self, deferred: DeferredNorm | None = None) -> tuple[Tensor, Recipe | None]:
+        """The features, and how backward gets them, if it can without keeping them.
+
+        Args:
+            deferred: what :meth:`defer` gave, if somebody has used it: the features then share its place in the graph.
         Raises:
             RuntimeError: an operand was modified in place since the norm was called.
         """
         if self.versions:
             self._check()
-        g = self.geometry
-        with torch.set_grad_enabled(self.grad_mode):
-            y = operators.normalize(
-                self.x,
-                self.weight,
-                self.bias,
-                self.residual,
-                self.mean,
-                self.rstd,
-                self.count,
-                g.index,
-                g.voxels,
-                g.sample_offsets,
-                g.sizes(),
-                slope,
-                *self.shared,
-            )
+        # An activation that was deferred belongs where it was called, and no hooks were set there.
+        with torch.set_grad_enabled(self.grad_mode), _no_hooks() if self.slope != 1.0 else nullcontext():
+            if deferred is not None:
+                return deferred.compute()
+            y = operators.normalize(*self._arguments())
         if not self.versions or not y.requires_grad:
             return y, None
-        return y, self._relieve(y, slope)
+        return y, self._relieve(y)
 
-    def _relieve(self, y: Tensor, slope: float) -> Recipe | None:
+    def _arguments(self) -> tuple[Any, ...]:
+        g = self.geometry
+        return (
+            self.x,
+            self.weight,
+            self.bias,
+            self.residual,
+            self.mean,
+            self.rstd,
+            self.count,
+            g.index,
+            g.voxels,
+            g.sample_offsets,
+            g.sizes(),
+            self.slope,
+            *self.shared,
+        )
+
+    def _relieve(self, y: Tensor) -> Recipe | None:
         """Take from the graph what backward can compute again. Returns: the recipe of y."""
-        x: Recipe = Kept(self.x)
-        if self.x_recipe is not None and self.x_recipe.holds and self.x_recipe.steps < MAX_STEPS:
-            x = self.x_recipe
-            if not isinstance(x, Kept):
-                compute_instead(y, SAVED_X, x.features)
+        x = self._relieve_input(y)
         # With a residual, backward needs the signs of y too.
-        as_it_is = Kept(y) if self.residual is not None and slope != 1.0 else None
+        as_it_is = Kept(y) if self.residual is not None and self.slope != 1.0 else None
         residual = self.residual_recipe
         if self.residual is not None and (residual is None or not residual.holds):
             return as_it_is
-        with torch.no_grad():
-            scale, shift = affine_tables(self.weight, self.bias, self.mean, self.rstd)
-        recipe = NormRecipe(x, residual, self.mean, scale, shift, slope, self.geometry, self.shared[-1])
+        recipe = self._recipe(x, residual)
         if recipe.steps > MAX_STEPS:
             return as_it_is
         if as_it_is is not None and not compute_instead(y, SAVED_Y, recipe.features):
             return as_it_is
         return recipe
+
+    def _relieve_input(self, y: Tensor) -> Recipe:
+        """Take the norm's input from the graph if it has a recipe. Returns: its recipe."""
+        if self.x_recipe is None or not self.x_recipe.holds or self.x_recipe.steps >= MAX_STEPS:
+            return Kept(self.x)
+        if not isinstance(self.x_recipe, Kept):
+            compute_instead(y, SAVED_X, self.x_recipe.features)
+        return self.x_recipe
+
+    def _recipe(self, x: Recipe, residual: Recipe | None) -> NormRecipe:
+        with torch.no_grad():
+            scale, shift = affine_tables(self.weight, self.bias, self.mean, self.rstd)
+        return NormRecipe(x, residual, self.mean, scale, shift, self.slope, self.geometry, self.shared[-1])
 
     def _operands(self) -> dict[str, Tensor | None]:
         return {"input": self.x, "weight": self.weight, "bias": self.bias, "residual": self.residual}
@@ -127,3 +177,39 @@ class PendingNorm:
                     f"the {name} of a normalisation was modified in place before its result was used; "
                     "ask for the result first (y.blocks), or modify a copy"
                 )
+
+
+@dataclass(frozen=True, eq=False)
+class DeferredNorm:
+    """A normalisation and LeakyReLU that have their place in the graph, but no values.
+
+    Attributes:
+        place: [V, bd, bh, bw, C], without values.
+        raw: what is normalised, [V, bd, bh, bw, C], without history.
+        recipe: how to compute the values.
+    """
+
+    place: Tensor
+    raw: Tensor
+    recipe: NormRecipe
+
+    def compute(self) -> tuple[Tensor, Recipe]:
+        """The values, with the history of their place, and the recipe."""
+        r, g = self.recipe, self.recipe.geometry
+        block = (g.index, g.voxels, g.sample_offsets, g.sizes())
+        y = operators.compute_deferred(self.place, self.raw, r.mean, r.scale, r.shift, *block, r.slope, r.backend)
+        return y, r
+
+
+def _hooks_are_set() -> bool:
+    """Whether tensors that are saved now go through torch.autograd.graph.saved_tensors_hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _no_hooks() -> AbstractContextManager[Any]:
+    """Saved tensors are kept as they are, whatever hooks are set around this."""
+    return saved_tensors_hooks(_as_it_is, _as_it_is) if _hooks_are_set() else nullcontext()
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x

@@ -241,9 +241,9 @@ class BlockSparseTensor:
 
     def merge(self, factors: tuple[int, int, int]) -> BlockSparseTensor:
         """The same features in blocks that are ``factors`` times larger along each axis, see ``BlockMask.merge``."""
-        merged, parts = self.mask.merge(factors)
-        if merged is self.mask:
+        if factors == (1, 1, 1):
             return self
+        merged, parts = self.mask.merge(factors)
         channels = self.blocks.shape[-1]
         if merged.num_blocks == 0:
             return BlockSparseTensor(self.blocks.new_zeros(0, *merged.block, channels), merged)

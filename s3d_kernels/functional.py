@@ -286,7 +286,7 @@ def channel_statistics(x: BlockSparseTensor, backend: str | None = None) -> tupl
         where = (geometry.index, geometry.voxels, geometry.sample_offsets, geometry.sizes())
         known = operators.norm_statistics(x.blocks.detach(), *where, name)
     mean, squares = known
-    return mean, squares, x.mask.visible_voxels()[:, None].to(mean.dtype)
+    return mean, squares, x.mask.voxel_counts(mean.dtype)
 
 
 def _merge_statistics(
@@ -330,7 +330,7 @@ def _normalize(
         bias,
         mean.contiguous(),
         (variance + eps).rsqrt().contiguous(),
-        count.contiguous(),
+        count,
         block_geometry(x.mask),
         (over, groups, synchronise, backend or current_backend()),
         x.recipe,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional
@@ -64,6 +65,13 @@ CASES: tuple[Case, ...] = (
         "batch norm",
         lambda x, w: functional.sparse_batch_norm(x, None, None, w[0], w[1], training=True),
         ((CHANNELS,), (CHANNELS,)),
+    ),
+    Case(
+        "conv3d between norms",
+        lambda x, w: functional.sparse_instance_norm(
+            functional.sparse_conv3d(F.leaky_relu(functional.sparse_instance_norm(x, w[0], w[1])), w[2], None, 1, 1)
+        ),
+        ((CHANNELS,), (CHANNELS,), (8, CHANNELS, 3, 3, 3)),
     ),
     Case("average pooling", lambda x, w: functional.sparse_pool3d(x, "avg", 2)),
     Case("average pooling 3x3x3", lambda x, w: functional.sparse_pool3d(x, "avg", 3, 2, 1, count_include_pad=False)),

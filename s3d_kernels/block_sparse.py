@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import BlockGeometry, current_backend
 from .block_mask import BlockMask
-from .fused_norm import DeferredNorm, PendingNorm
+from .fused_norm import DeferredNorm, PendingNorm, hooks_are_set
 from .operators import gather_blocks, scatter_blocks
 from .recompute import Kept, Recipe
 
@@ -27,7 +27,7 @@ class BlockSparseTensor:
 
     Attributes:
         blocks: [V, bd, bh, bw, C], channels last; what lies at masked voxels of partly visible blocks is arbitrary.
-            Of a normalisation it is computed when it is first asked for, see :meth:`of_norm` and :meth:`defer`.
+            Of a normalisation it is computed when it is first asked for, see :meth:`of_norm`.
         mask: which voxels of which volumes the blocks are.
     """
 
@@ -42,7 +42,7 @@ class BlockSparseTensor:
             )
         self._blocks: Tensor | None = blocks
         self._pending: PendingNorm | None = None
-        self._deferred: DeferredNorm | None = None  # of the pending norm, if a convolution has used it
+        self._deferred: DeferredNorm | None = None
         self._recipe: Recipe | None = None
         self._recipe_version = 0
         self._statistics: tuple[Tensor, Tensor, int, str] | None = None
@@ -54,8 +54,9 @@ class BlockSparseTensor:
     def of_norm(cls, norm: PendingNorm, mask: BlockMask, *operands: BlockSparseTensor) -> BlockSparseTensor:
         """The result of a normalisation, computed when it is first asked for.
 
-        A residual that is added before, and a LeakyReLU or ReLU, then join it in one operator. It is computed before
-        one of ``operands`` is modified in place by a function on this class; other modifications raise.
+        A residual that is added before, and a LeakyReLU or ReLU, then join it in one operator; or a convolution that
+        can reads its input and computes it on the way, see :meth:`deferred`. It is computed before one of
+        ``operands`` is modified in place by a function on this class; other modifications raise.
         """
         x = cls(norm.x, mask)
         x._blocks, x._pending = None, norm
@@ -72,7 +73,7 @@ class BlockSparseTensor:
     def blocks(self) -> Tensor:
         """Features [V, bd, bh, bw, C]."""
         if self._blocks is None:
-            self._finish()
+            self._finish(1.0)
         assert self._blocks is not None
         return self._blocks
 
@@ -117,25 +118,42 @@ class BlockSparseTensor:
         """Whether anything may wait for what is done with these features, see ``PendingNorm.may_wait``."""
         return PendingNorm.may_wait(self._like)
 
-    def defer(self) -> DeferredNorm | None:
+    def deferred(self) -> DeferredNorm | None:
         """The norm and LeakyReLU that these features wait for, for a reader who computes them on the way.
 
-        None if the features are there already, or if somebody else must compute them.
+        None if the features are there already, or if backward could not get what the reader saves: it may not wait
+        either where hooks on saved tensors are set.
+        Raises:
+            RuntimeError: what is normalised was modified in place since.
         """
-        if self._pending is None or not self._pending.may_defer():
+        if self._deferred is None or hooks_are_set():
             return None
-        if self._deferred is None:
-            self._deferred = self._pending.defer()
+        self._deferred.check()
         return self._deferred
 
     @property
     def _like(self) -> Tensor:
         """A tensor of the shape, dtype and device of the features, without computing them."""
+        if self._deferred is not None:
+            return self._deferred.raw
         return self.blocks if self._pending is None else self._pending.x
 
-    def _finish(self) -> None:
-        assert self._pending is not None
-        self._blocks, recipe = self._pending.compute(self._deferred)
+    def _activate(self, slope: float) -> None:
+        """Add LeakyReLU to the norm that is waited for; where a convolution could do both, they wait for one."""
+        norm = self._pending
+        assert norm is not None
+        if norm.may_defer(slope):
+            self._pending, self._deferred = None, norm.defer(slope)
+        else:
+            self._finish(slope)
+
+    def _finish(self, slope: float) -> None:
+        recipe: Recipe | None
+        if self._deferred is not None:
+            self._blocks, recipe = self._deferred.compute()
+        else:
+            assert self._pending is not None
+            self._blocks, recipe = self._pending.compute(slope)
         self._pending, self._deferred, self._operands = None, None, ()
         self._remember(recipe)
 
@@ -143,8 +161,8 @@ class BlockSparseTensor:
         """Let results that wait for these features read them, and leave what backward keeps alone."""
         for ref in self._waiting:
             result = ref()
-            if result is not None and result._pending is not None:
-                result._finish()
+            if result is not None and result._blocks is None:
+                result._finish(1.0)
         self._waiting = []
         self._statistics = None
         if isinstance(self._recipe, Kept):
@@ -384,7 +402,7 @@ def _fused_addition(x: Any, other: Any) -> BlockSparseTensor | None:
     """x + other as one more part of the normalisation that x waits for, or None if it does not."""
     if not isinstance(x, BlockSparseTensor) or not isinstance(other, BlockSparseTensor) or x._pending is None:
         return None
-    if x._pending.slope != 1.0 or not x.mask.same_layout(other.mask):
+    if not x.mask.same_layout(other.mask):
         return None
     residual = other.blocks  # which finishes x, if both are the same
     norm = None if x._pending is None else x._pending.plus(residual, other.recipe)
@@ -394,18 +412,12 @@ def _fused_addition(x: Any, other: Any) -> BlockSparseTensor | None:
 def _fused_leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> BlockSparseTensor | None:
     """LeakyReLU as one more part of the normalisation that the input waits for, or None if it does not."""
     x = input
-    if not isinstance(x, BlockSparseTensor) or x._pending is None:
+    if not isinstance(x, BlockSparseTensor) or x._pending is None or negative_slope < 0:
         return None
-    norm = x._pending.activated(negative_slope)
-    if norm is None:
+    if x._pending.grad_mode != torch.is_grad_enabled():
         return None
-    if inplace:
-        x._pending = norm
-        result = x
-    else:
-        result = BlockSparseTensor.of_norm(norm, x.mask, *x._operands)
-    if not norm.may_defer():
-        result._finish()
+    result = x if inplace else BlockSparseTensor.of_norm(x._pending, x.mask, *x._operands)
+    result._activate(negative_slope)
     return result
 
 

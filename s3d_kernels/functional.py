@@ -80,7 +80,7 @@ def _conv3d_fused(
 
     Args: as of operators.conv3d; arguments: those behind the bias; dtype: in which the input is to be read.
     """
-    deferred = source.defer() if source.dtype == dtype else None
+    deferred = source.deferred() if source.dtype == dtype else None
     recipe: Recipe
     if deferred is None:
         blocks = source.blocks.to(dtype)
@@ -336,7 +336,7 @@ def _normalize(
         x.recipe,
     )
     if not PendingNorm.may_wait(x.blocks):
-        return x.with_blocks(norm.compute()[0])
+        return x.with_blocks(norm.compute(1.0)[0])
     return BlockSparseTensor.of_norm(norm.waiting(), x.mask, x)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from . import operators
 from .backends import BlockGeometry, ConvProblem, fusing
@@ -34,7 +32,6 @@ class PendingNorm:
         residual_recipe: how to compute residual again, or None.
         grad_mode: whether gradients were recorded when the norm was called.
         versions: of x, weight, bias and residual at their calls.
-        slope: of the LeakyReLU that follows; 1: none.
     """
 
     x: Tensor
@@ -50,7 +47,6 @@ class PendingNorm:
     residual_recipe: Recipe | None = None
     grad_mode: bool = field(default_factory=torch.is_grad_enabled)
     versions: tuple[int | None, ...] = ()
-    slope: float = 1.0
 
     @staticmethod
     def may_wait(x: Tensor) -> bool:
@@ -64,64 +60,51 @@ class PendingNorm:
     def plus(self, residual: Tensor, recipe: Recipe | None) -> PendingNorm | None:
         """The same with features to add, or None if an addition afterwards would give something else."""
         fits = residual.shape == self.x.shape and residual.dtype == self.x.dtype and not residual.is_inference()
-        if self.residual is not None or self.slope != 1.0 or not fits or self.grad_mode != torch.is_grad_enabled():
+        if self.residual is not None or not fits or self.grad_mode != torch.is_grad_enabled():
             return None
         self._check()
         return replace(self, residual=residual, residual_recipe=recipe).waiting()
 
-    def activated(self, slope: float) -> PendingNorm | None:
-        """The same with LeakyReLU, or None if that afterwards would give something else."""
-        if self.slope != 1.0 or slope < 0 or self.grad_mode != torch.is_grad_enabled():
-            return None
-        return replace(self, slope=slope)
-
-    def may_defer(self) -> bool:
-        """Whether a convolution that follows may compute the result itself, see :meth:`defer`.
+    def may_defer(self, slope: float) -> bool:
+        """Whether a convolution that follows could compute the result after LeakyReLU itself, see :meth:`defer`.
 
         Not with a residual, which it would have to read too; and not where hooks on saved tensors are set, of
         torch.utils.checkpoint or others, which are to see what they would see without all this.
         """
-        if self.residual is not None or self.slope == 1.0 or not self.versions or _hooks_are_set():
+        if self.residual is not None or slope == 1.0 or not self.versions or hooks_are_set():
             return False
         sides = (3, 3, 3), (1, 1, 1), (1, 1, 1)
         channels, block, partial = self.x.shape[-1], self.geometry.block, self.geometry.voxels is not None
         problem = ConvProblem(self.x.device.type, self.x.dtype, channels, channels, 1, *sides, block, partial)
         return fusing(self.shared[-1], problem) is not None
 
-    def defer(self) -> DeferredNorm:
-        """The place of the result in the graph, for readers who compute the values themselves.
+    def defer(self, slope: float) -> DeferredNorm:
+        """The place of the features after LeakyReLU in the graph, for readers who compute the values themselves.
 
         Raises:
             RuntimeError: an operand was modified in place since the norm was called.
         """
         self._check()
         with torch.set_grad_enabled(self.grad_mode):
-            place = operators.normalize_deferred(*self._arguments())
-        return DeferredNorm(place, self.x.detach(), self._recipe(self._relieve_input(place), None))
+            place = operators.normalize_deferred(*self._arguments(slope))
+        recipe = self._recipe(self._relieve_input(place), None, slope)
+        return DeferredNorm(place, self.x.detach(), self.x._version, recipe)
 
-    def compute(self, deferred: DeferredNorm | None = None) -> tuple[Tensor, Recipe | None]:
-        """The features, and how backward gets them, if it can without keeping them.
+    def compute(self, slope: float) -> tuple[Tensor, Recipe | None]:
+        """The features after LeakyReLU (slope 1: none), and how backward gets them, if it can without keeping them.
 
-        Args:
-            deferred: what :meth:`defer` gave, if somebody has used it: the features then share its place in the graph.
         Raises:
             RuntimeError: an operand was modified in place since the norm was called.
         """
-        if torch.compiler.is_compiling():  # which can ask for neither versions nor hooks
-            with torch.set_grad_enabled(self.grad_mode):
-                return operators.normalize(*self._arguments()), None
         if self.versions:
             self._check()
-        # An activation that was deferred belongs where it was called, and no hooks were set there.
-        with torch.set_grad_enabled(self.grad_mode), _no_hooks() if self.slope != 1.0 else nullcontext():
-            if deferred is not None:
-                return deferred.compute()
-            y = operators.normalize(*self._arguments())
+        with torch.set_grad_enabled(self.grad_mode):
+            y = operators.normalize(*self._arguments(slope))
         if not self.versions or not y.requires_grad:
             return y, None
-        return y, self._relieve(y)
+        return y, self._relieve(y, slope)
 
-    def _arguments(self) -> tuple[Any, ...]:
+    def _arguments(self, slope: float) -> tuple[Any, ...]:
         g = self.geometry
         return (
             self.x,
@@ -135,19 +118,19 @@ class PendingNorm:
             g.voxels,
             g.sample_offsets,
             g.sizes(),
-            self.slope,
+            slope,
             *self.shared,
         )
 
-    def _relieve(self, y: Tensor) -> Recipe | None:
+    def _relieve(self, y: Tensor, slope: float) -> Recipe | None:
         """Take from the graph what backward can compute again. Returns: the recipe of y."""
         x = self._relieve_input(y)
         # With a residual, backward needs the signs of y too.
-        as_it_is = Kept(y) if self.residual is not None and self.slope != 1.0 else None
+        as_it_is = Kept(y) if self.residual is not None and slope != 1.0 else None
         residual = self.residual_recipe
         if self.residual is not None and (residual is None or not residual.holds):
             return as_it_is
-        recipe = self._recipe(x, residual)
+        recipe = self._recipe(x, residual, slope)
         if recipe.steps > MAX_STEPS:
             return as_it_is
         if as_it_is is not None and not compute_instead(y, SAVED_Y, recipe.features):
@@ -162,10 +145,10 @@ class PendingNorm:
             compute_instead(y, SAVED_X, self.x_recipe.features)
         return self.x_recipe
 
-    def _recipe(self, x: Recipe, residual: Recipe | None) -> NormRecipe:
+    def _recipe(self, x: Recipe, residual: Recipe | None, slope: float) -> NormRecipe:
         with torch.no_grad():
             scale, shift = affine_tables(self.weight, self.bias, self.mean, self.rstd)
-        return NormRecipe(x, residual, self.mean, scale, shift, self.slope, self.geometry, self.shared[-1])
+        return NormRecipe(x, residual, self.mean, scale, shift, slope, self.geometry, self.shared[-1])
 
     def _operands(self) -> dict[str, Tensor | None]:
         return {"input": self.x, "weight": self.weight, "bias": self.bias, "residual": self.residual}
@@ -176,10 +159,7 @@ class PendingNorm:
     def _check(self) -> None:
         for (name, _), then, now in zip(self._operands().items(), self.versions, self._versions(), strict=True):
             if then != now:
-                raise RuntimeError(
-                    f"the {name} of a normalisation was modified in place before its result was used; "
-                    "ask for the result first (y.blocks), or modify a copy"
-                )
+                raise _modified(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,30 +169,42 @@ class DeferredNorm:
     Attributes:
         place: [V, bd, bh, bw, C], without values.
         raw: what is normalised, [V, bd, bh, bw, C], without history.
+        version: of raw, when the norm was called.
         recipe: how to compute the values.
     """
 
     place: Tensor
     raw: Tensor
+    version: int
     recipe: NormRecipe
 
+    def check(self) -> None:
+        """Raise RuntimeError if what is normalised was modified in place since."""
+        if self.raw._version != self.version:
+            raise _modified("input")
+
     def compute(self) -> tuple[Tensor, Recipe]:
-        """The values, with the history of their place, and the recipe."""
+        """The values, with the history of their place, and the recipe.
+
+        Raises:
+            RuntimeError: what is normalised was modified in place since.
+        """
+        if not torch.compiler.is_compiling():  # which can ask for no versions
+            self.check()
         r, g = self.recipe, self.recipe.geometry
         block = (g.index, g.voxels, g.sample_offsets, g.sizes())
-        y = operators.compute_deferred(self.place, self.raw, r.mean, r.scale, r.shift, *block, r.slope, r.backend)
+        with torch.set_grad_enabled(self.place.requires_grad):
+            y = operators.compute_deferred(self.place, self.raw, r.mean, r.scale, r.shift, *block, r.slope, r.backend)
         return y, r
 
 
-def _hooks_are_set() -> bool:
+def hooks_are_set() -> bool:
     """Whether tensors that are saved now go through torch.autograd.graph.saved_tensors_hooks."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _no_hooks() -> AbstractContextManager[Any]:
-    """Saved tensors are kept as they are, whatever hooks are set around this."""
-    return saved_tensors_hooks(_as_it_is, _as_it_is) if _hooks_are_set() else nullcontext()
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+def _modified(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"the {name} of a normalisation was modified in place before its result was used; "
+        "ask for the result first (y.blocks), or modify a copy"
+    )

@@ -95,6 +95,7 @@ class BlockMask:
         self.voxels = voxels
         self._merged: dict[Triple, tuple[BlockMask, Tensor]] = {}
         self._downsampled: dict[Triple, BlockMask] = {}
+        self._counts: dict[torch.dtype, Tensor] = {}
 
     # ---- constructors
 
@@ -224,6 +225,14 @@ class BlockMask:
             return (self.sample_offsets[1:] - self.sample_offsets[:-1]).long() * math.prod(self.block)
         per_block = self.voxels.flatten(1).sum(1)
         return per_block.new_zeros(self.batch).index_add_(0, self.index[:, 0], per_block)
+
+    def voxel_counts(self, dtype: torch.dtype) -> Tensor:
+        """[N, 1], not to be modified: visible voxels of each sample, as every norm under this mask wants them."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # where a tensor is of no use to others
+            return self.visible_voxels()[:, None].to(dtype)
+        if dtype not in self._counts:
+            self._counts[dtype] = self.visible_voxels()[:, None].to(dtype)
+        return self._counts[dtype]
 
     def same_layout(self, other: BlockMask) -> bool:
         """Whether two masks are one: same stored blocks, resolution and visible voxels (same objects)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import BlockGeometry, current_backend
 from .block_mask import BlockMask
-from .fused_norm import PendingNorm
+from .fused_norm import DeferredNorm, PendingNorm, hooks_are_set
 from .operators import gather_blocks, scatter_blocks
 from .recompute import Kept, Recipe
 
@@ -42,8 +42,10 @@ class BlockSparseTensor:
             )
         self._blocks: Tensor | None = blocks
         self._pending: PendingNorm | None = None
+        self._deferred: DeferredNorm | None = None
         self._recipe: Recipe | None = None
         self._recipe_version = 0
+        self._statistics: tuple[Tensor, Tensor, int, str] | None = None
         self._waiting: list[weakref.ref[BlockSparseTensor]] = []  # results that still have to read these features
         self._operands: tuple[BlockSparseTensor, ...] = ()  # what this waits for
         self.mask = mask
@@ -52,8 +54,9 @@ class BlockSparseTensor:
     def of_norm(cls, norm: PendingNorm, mask: BlockMask, *operands: BlockSparseTensor) -> BlockSparseTensor:
         """The result of a normalisation, computed when it is first asked for.
 
-        A residual that is added before, and a LeakyReLU or ReLU, then join it in one operator. It is computed before
-        one of ``operands`` is modified in place by a function on this class; other modifications raise.
+        A residual that is added before, and a LeakyReLU or ReLU, then join it in one operator; or a convolution that
+        can reads its input and computes it on the way, see :meth:`deferred`. It is computed before one of
+        ``operands`` is modified in place by a function on this class; other modifications raise.
         """
         x = cls(norm.x, mask)
         x._blocks, x._pending = None, norm
@@ -93,25 +96,75 @@ class BlockSparseTensor:
         if recipe is not None:
             self._recipe_version = self.blocks._version
 
+    def with_statistics(self, mean: Tensor, squares: Tensor, backend: str) -> BlockSparseTensor:
+        """The same features, of which a backend knows the statistics [N, C] already, see :meth:`statistics`."""
+        x = self.with_blocks(self.blocks)
+        x._remember(self.recipe)
+        x._statistics = (mean, squares, x.blocks._version, backend)
+        return x
+
+    def statistics(self, backend: str) -> tuple[Tensor, Tensor] | None:
+        """Mean and squared deviations [N, C] that a backend found when it computed the features, if they still are so.
+
+        Args:
+            backend: name of the backend that is to find them; None of what another one found.
+        """
+        if self._statistics is None or torch.compiler.is_compiling():
+            return None
+        mean, squares, version, name = self._statistics
+        return (mean, squares) if name == backend and self.blocks._version == version else None
+
+    def may_fuse(self) -> bool:
+        """Whether anything may wait for what is done with these features, see ``PendingNorm.may_wait``."""
+        return PendingNorm.may_wait(self._like)
+
+    def deferred(self) -> DeferredNorm | None:
+        """The norm and LeakyReLU that these features wait for, for a reader who computes them on the way.
+
+        None if the features are there already, or if backward could not get what the reader saves: it may not wait
+        either where hooks on saved tensors are set.
+        Raises:
+            RuntimeError: what is normalised was modified in place since.
+        """
+        if self._deferred is None or hooks_are_set():
+            return None
+        self._deferred.check()
+        return self._deferred
+
     @property
     def _like(self) -> Tensor:
         """A tensor of the shape, dtype and device of the features, without computing them."""
+        if self._deferred is not None:
+            return self._deferred.raw
         return self.blocks if self._pending is None else self._pending.x
 
-    def _finish(self, slope: float) -> None:
-        assert self._pending is not None
+    def _activate(self, slope: float) -> None:
+        """Add LeakyReLU to the norm that is waited for; where a convolution could do both, they wait for one."""
         norm = self._pending
-        self._blocks, recipe = norm.compute(slope)
-        self._pending, self._operands = None, ()
+        assert norm is not None
+        if norm.may_defer(slope):
+            self._pending, self._deferred = None, norm.defer(slope)
+        else:
+            self._finish(slope)
+
+    def _finish(self, slope: float) -> None:
+        recipe: Recipe | None
+        if self._deferred is not None:
+            self._blocks, recipe = self._deferred.compute()
+        else:
+            assert self._pending is not None
+            self._blocks, recipe = self._pending.compute(slope)
+        self._pending, self._deferred, self._operands = None, None, ()
         self._remember(recipe)
 
     def _before_modification(self) -> None:
         """Let results that wait for these features read them, and leave what backward keeps alone."""
         for ref in self._waiting:
             result = ref()
-            if result is not None and result._pending is not None:
+            if result is not None and result._blocks is None:
                 result._finish(1.0)
         self._waiting = []
+        self._statistics = None
         if isinstance(self._recipe, Kept):
             self._blocks = self.blocks.clone()
         self._recipe = None
@@ -206,9 +259,9 @@ class BlockSparseTensor:
 
     def merge(self, factors: tuple[int, int, int]) -> BlockSparseTensor:
         """The same features in blocks that are ``factors`` times larger along each axis, see ``BlockMask.merge``."""
-        merged, parts = self.mask.merge(factors)
-        if merged is self.mask:
+        if factors == (1, 1, 1):
             return self
+        merged, parts = self.mask.merge(factors)
         channels = self.blocks.shape[-1]
         if merged.num_blocks == 0:
             return BlockSparseTensor(self.blocks.new_zeros(0, *merged.block, channels), merged)
@@ -363,11 +416,8 @@ def _fused_leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = 
         return None
     if x._pending.grad_mode != torch.is_grad_enabled():
         return None
-    if inplace:
-        x._finish(negative_slope)
-        return x
-    result = BlockSparseTensor.of_norm(x._pending, x.mask)
-    result._finish(negative_slope)
+    result = x if inplace else BlockSparseTensor.of_norm(x._pending, x.mask, *x._operands)
+    result._activate(negative_slope)
     return result
 
 

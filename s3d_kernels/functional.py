@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import operators
-from .backends import WindowGeometry, current_backend
+from .backends import WindowGeometry, current_backend, fusing
 from .backends.interface import PoolKind
 from .block_mask import BlockMask, Triple, triple
 from .block_sparse import BlockSparseTensor, block_geometry
 from .fused_norm import PendingNorm
-from .operators.conv import SAVED_X
-from .recompute import ConvRecipe, Kept, compute_instead
+from .operators.conv import SAVED_X, conv_problem
+from .recompute import ConvRecipe, Kept, Recipe, compute_instead
 
 
 def sparse_conv3d(
@@ -43,9 +43,9 @@ def sparse_conv3d(
         ValueError: channels, padding or volume do not fit; an unknown backend or one that cannot do this.
     Source: sparse convolution of Tian et al., SparK (ICLR 2023), section 3.2; 3D: Wald et al. (CVPR 2025), section 3.
     """
-    if weight.dim() != 5 or x.blocks.shape[-1] != weight.shape[1] * groups:
+    if weight.dim() != 5 or x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
-            f"weight must be [C_out, C_in / groups, kd, kh, kw] for C_in={x.blocks.shape[-1]} and groups={groups}, "
+            f"weight must be [C_out, C_in / groups, kd, kh, kw] for C_in={x.shape[1]} and groups={groups}, "
             f"got {tuple(weight.shape)}"
         )
     if groups < 1 or len(weight) % groups:
@@ -58,8 +58,12 @@ def sparse_conv3d(
     geometry = _window_geometry(source.mask, target, kernel_size, steps, conv_padding(kernel_size, steps, padding))
     if padding != "same":
         _check_volume(geometry)
-    blocks, weight, bias = _autocast(source.blocks, weight, bias)
-    arguments = (*_arguments(geometry), groups, backend or current_backend())
+    dtype, weight, bias = _autocast(source, weight, bias)
+    name = backend or current_backend()
+    arguments = (*_arguments(geometry), groups, name)
+    if source.may_fuse() and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None:
+        return _conv3d_fused(source, weight, bias, arguments, dtype)
+    blocks = source.blocks.to(dtype)
     y = BlockSparseTensor(operators.conv3d(blocks, weight, bias, *arguments), target)
     if torch.compiler.is_compiling() or y.blocks.grad_fn is None or not weight.requires_grad:
         return y
@@ -67,6 +71,38 @@ def sparse_conv3d(
     if not isinstance(recipe, Kept):
         compute_instead(y.blocks, SAVED_X, recipe.features)
     return y.with_recipe(ConvRecipe.of(recipe, weight, bias, arguments))
+
+
+def _conv3d_fused(
+    source: BlockSparseTensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...], dtype: torch.dtype
+) -> BlockSparseTensor:
+    """Convolution that computes the norm and LeakyReLU before it on the way, and the statistics for a norm behind it.
+
+    Args: as of operators.conv3d; arguments: those behind the bias; dtype: in which the input is to be read.
+    """
+    deferred = source.deferred() if source.dtype == dtype else None
+    recipe: Recipe
+    if deferred is None:
+        blocks = source.blocks.to(dtype)
+        recipe = (source.recipe if blocks is source.blocks else None) or Kept(blocks)
+        affine: tuple[Any, ...] = (None, None, None, None, 1.0)
+    else:
+        blocks, recipe = deferred.place, deferred.recipe
+        affine = (
+            deferred.raw,
+            deferred.recipe.mean,
+            deferred.recipe.scale,
+            deferred.recipe.shift,
+            deferred.recipe.slope,
+        )
+    offsets = source.mask.sample_offsets
+    blocks, mean, squares = operators.conv3d_fused(blocks, weight, bias, *arguments, offsets, *affine)
+    y = BlockSparseTensor(blocks, source.mask)
+    if blocks.grad_fn is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        if not isinstance(recipe, Kept):
+            compute_instead(blocks, SAVED_X, recipe.features)
+        y = y.with_recipe(ConvRecipe.of(recipe, weight, bias, arguments))
+    return y.with_statistics(mean, squares, arguments[-1])
 
 
 def sparse_conv_transpose3d(
@@ -100,7 +136,8 @@ def sparse_conv_transpose3d(
     fine = x.mask.upsample(kernel_size)
     # It is the gradient of the convolution fine -> coarse with respect to its input.
     geometry = _window_geometry(fine, x.mask, kernel_size, kernel_size, (0, 0, 0))
-    blocks, weight, bias = _autocast(x.blocks, weight, bias)
+    dtype, weight, bias = _autocast(x, weight, bias)
+    blocks = x.blocks.to(dtype)
     y = operators.conv3d_grad_input(blocks, weight, *_arguments(geometry), groups, backend or current_backend())
     result = BlockSparseTensor(y, fine)
     return result if bias is None else result + bias.view(-1, 1, 1, 1)
@@ -242,16 +279,14 @@ def channel_statistics(x: BlockSparseTensor, backend: str | None = None) -> tupl
 
     Returns: mean [N, C], sum of squared deviations from it [N, C], number of voxels [N, 1]; float32 or float64.
     """
-    geometry = block_geometry(x.mask)
-    mean, squares = operators.norm_statistics(
-        x.blocks.detach(),
-        geometry.index,
-        geometry.voxels,
-        geometry.sample_offsets,
-        geometry.sizes(),
-        backend or current_backend(),
-    )
-    return mean, squares, x.mask.visible_voxels()[:, None].to(mean.dtype)
+    name = backend or current_backend()
+    known = x.statistics(name)
+    if known is None:
+        geometry = block_geometry(x.mask)
+        where = (geometry.index, geometry.voxels, geometry.sample_offsets, geometry.sizes())
+        known = operators.norm_statistics(x.blocks.detach(), *where, name)
+    mean, squares = known
+    return mean, squares, x.mask.voxel_counts(mean.dtype)
 
 
 def _merge_statistics(
@@ -295,7 +330,7 @@ def _normalize(
         bias,
         mean.contiguous(),
         (variance + eps).rsqrt().contiguous(),
-        count.contiguous(),
+        count,
         block_geometry(x.mask),
         (over, groups, synchronise, backend or current_backend()),
         x.recipe,
@@ -377,11 +412,11 @@ def _arguments(geometry: WindowGeometry) -> tuple[Tensor, Tensor | None, Tensor,
     return g.source_index, g.source_voxels, g.target_index, g.target_voxels, g.table, g.sizes()
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands of a convolution in the dtype of torch.autocast where that is on, as torch's own convolution."""
+def _autocast(x: BlockSparseTensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, Tensor, Tensor | None]:
+    """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return dtype, weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must have the same dtype outside autocast, got {x.dtype} and {weight.dtype}")
-    return x, weight, bias
+    return x.dtype, weight, bias

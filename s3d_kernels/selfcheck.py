@@ -10,8 +10,10 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional
@@ -40,6 +42,13 @@ class Case:
 
 
 CHANNELS = 6
+
+
+def _conv_between_norms(x: BlockSparseTensor, w: list[Tensor]) -> BlockSparseTensor:
+    activated: Any = F.leaky_relu(functional.sparse_instance_norm(x, w[0], w[1]))  # type: ignore[arg-type]
+    return functional.sparse_instance_norm(functional.sparse_conv3d(activated, w[2], None, 1, 1))
+
+
 CASES: tuple[Case, ...] = (
     Case("conv3d 3x3x3", lambda x, w: functional.sparse_conv3d(x, w[0], w[1], 1, 1), ((8, CHANNELS, 3, 3, 3), (8,))),
     Case(
@@ -65,6 +74,7 @@ CASES: tuple[Case, ...] = (
         lambda x, w: functional.sparse_batch_norm(x, None, None, w[0], w[1], training=True),
         ((CHANNELS,), (CHANNELS,)),
     ),
+    Case("conv3d between norms", _conv_between_norms, ((CHANNELS,), (CHANNELS,), (8, CHANNELS, 3, 3, 3))),
     Case("average pooling", lambda x, w: functional.sparse_pool3d(x, "avg", 2)),
     Case("average pooling 3x3x3", lambda x, w: functional.sparse_pool3d(x, "avg", 3, 2, 1, count_include_pad=False)),
     Case("maximum pooling", lambda x, w: functional.sparse_pool3d(x, "max", 3, 2, 1)),

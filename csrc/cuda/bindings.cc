@@ -80,6 +80,60 @@ void conv3d(TensorView x, TensorView weight, MaybeTensor bias, MaybeTensor sourc
   });
 }
 
+// Whether conv3d_fused computes it: where conv3d would use conv3d_halo.
+bool fuses(const Window& window, const ConvChannels& channels) {
+  return conv3d_halo_applies(window, channels) && !conv3d_depthwise_applies(window, channels) &&
+         !conv3d_stem_applies(window, channels);
+}
+
+// A table [samples, channels] that kernels read 16 bytes at a time.
+const float* input_table(const MaybeTensor& t, const char* name, int64_t samples, int64_t channels) {
+  const float* const all = data<float>(t, name, {samples, channels});
+  if (reinterpret_cast<uintptr_t>(all) % 16 != 0) TVM_FFI_THROW(ValueError) << name << " must be aligned to 16 bytes";
+  return all;
+}
+
+// y: the convolution of leaky((x - x_mean) * x_scale + x_shift) (without x_mean: of x). mean, squares: of y, see
+// conv3d_halo_moments. offsets: rows of each sample, in x and y.
+void conv3d_fused(TensorView x, TensorView weight, MaybeTensor bias, MaybeTensor x_mean, MaybeTensor x_scale,
+                  MaybeTensor x_shift, double slope, MaybeTensor source_voxels, MaybeTensor target_voxels,
+                  TensorView table, Array<int64_t> sizes, TensorView offsets, int64_t groups, TensorView y,
+                  TensorView mean, TensorView squares, int64_t tf32) {
+  const OnDeviceOf device(x);
+  guarded([&] {
+    const Geometry g(x.size(0), y.size(0), source_voxels, target_voxels, table, sizes);
+    const int64_t in = last_size(x, "x"), out = last_size(y, "y"), samples = samples_of(offsets);
+    const ConvChannels channels = channels_of(in, out, groups);
+    if (!fuses(g.forward, channels)) TVM_FFI_THROW(ValueError) << "conv3d_fused cannot compute this convolution";
+    if (x_mean.has_value() != x_scale.has_value() || x_mean.has_value() != x_shift.has_value()) {
+      TVM_FFI_THROW(ValueError) << "x_mean, x_scale and x_shift must be given together";
+    }
+    const Triple k = g.forward.kernel;
+    ConvFusion fusion;
+    fusion.samples = checked_int(samples, "samples");
+    fusion.sample_offsets = data<int32_t>(offsets, "sample_offsets", {samples + 1});
+    fusion.mean = input_table(x_mean, "x_mean", samples, in);
+    fusion.scale = input_table(x_scale, "x_scale", samples, in);
+    fusion.shift = input_table(x_shift, "x_shift", samples, in);
+    fusion.slope = static_cast<float>(slope);
+    by_dtype(x, "x", [&](auto t) {
+      using T = decltype(t);
+      const T* const from = g.source<T>(x, "x", in);
+      const T* const w = data<T>(weight, "weight", {out, in / groups, k.d, k.h, k.w});
+      const T* const b = data<T>(bias, "bias", {out});
+      T* const to = g.target<T>(y, "y", out);
+      float* const to_mean = data<float>(mean, "mean", {samples, out});
+      float* const to_squares = data<float>(squares, "squares", {samples, out});
+      const Scratch<T> packed(conv3d_packed_elements<T>(g.forward, channels));
+      const Scratch<float> partials(conv3d_halo_partials(g.forward, channels, fusion.samples));
+      fusion.partials = partials.data();
+      conv3d_pack_weight<T>(g.forward, channels, math_of(tf32), w, packed.data(), device.stream());
+      conv3d_halo<T>(g.forward, channels, math_of(tf32), from, packed.data(), b, to, device.stream(), fusion);
+      conv3d_halo_moments(g.forward, channels, fusion, to_mean, to_squares, device.stream());
+    });
+  });
+}
+
 // The window of the other direction, with its table.
 struct Reversed {
   Reversed(const Geometry& g, cudaStream_t stream) : table(g.forward.gathered_rows * g.forward.columns()) {
@@ -360,6 +414,7 @@ Array<String> take_launches() {
 #endif
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d, conv3d);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_fused, conv3d_fused);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_input, conv3d_grad_input);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_weight, conv3d_grad_weight);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool3d, pool3d);

@@ -14,6 +14,7 @@ from .interface import (
     BlockGeometry,
     BlocksProblem,
     ConvProblem,
+    FusingBackend,
     NormProblem,
     PoolProblem,
     Problem,
@@ -29,6 +30,7 @@ __all__ = [
     "BlockGeometry",
     "BlocksProblem",
     "ConvProblem",
+    "FusingBackend",
     "NormProblem",
     "PoolProblem",
     "Problem",
@@ -38,6 +40,7 @@ __all__ = [
     "computes_natively",
     "current_backend",
     "explain",
+    "fusing",
     "register",
     "use_backend",
 ]
@@ -134,6 +137,16 @@ def choose(name: str, problem: Problem) -> Backend:
                 _said.add((passed, str(reason)))
                 _log.warning("backend %r is passed over: %s; %r computes instead", passed, reason, able[0])
     return REGISTRY[_chosen[problem]]
+
+
+def fusing(name: str, problem: ConvProblem) -> FusingBackend | None:
+    """The backend that :func:`choose` gives if it can fuse this convolution with the norms around it, or None.
+
+    Raises:
+        ValueError, UnsupportedProblem: as :func:`choose`.
+    """
+    backend = choose(name, problem)
+    return backend if isinstance(backend, FusingBackend) and backend.fuses(problem) else None
 
 
 def computes_natively(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .interface import Backend, BlockGeometry, Triple, WindowGeometry
+from .interface import Backend, BlockGeometry, FusingBackend, Triple, WindowGeometry
 from .reference import ReferenceBackend
 
 # Relative l2 error; float32 may be rounded to TF32.
@@ -53,11 +53,13 @@ def _results(backend: Backend, operator: str, dtype: torch.dtype, device: torch.
             }
         weight, bias, grad = draw(CHANNELS + 8, CHANNELS, 3, 3, 3), draw(CHANNELS + 8), draw(2, *block, CHANNELS + 8)
         grad_weight, grad_bias = backend.conv3d_grad_weight(grad, features, window, 1)
+        affine = (draw(1, CHANNELS, table=True), draw(1, CHANNELS, table=True), draw(1, CHANNELS, table=True))
         return {
             "convolution": backend.conv3d(features, weight, bias, window, 1),
             "the gradient of a convolution's input": backend.conv3d_grad_input(grad, weight, window, 1),
             "the gradient of a convolution's weight": grad_weight,
             "the gradient of a convolution's bias": grad_bias,
+            **(_fused(backend, features, weight, bias, affine, window) if side == 4 else {}),
         }
     offsets = torch.tensor([0, 2], dtype=torch.int32, device=device)
     geometry = BlockGeometry(index, None, offsets, 1, (side, side, 3 * side), block)
@@ -82,6 +84,29 @@ def _results(backend: Backend, operator: str, dtype: torch.dtype, device: torch.
         "the gradient of a norm's input": backend.norm_grad_input(
             other, features, mean, scale, scale, shift, tilt, geometry
         ),
+    }
+
+
+def _fused(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    affine: tuple[Tensor, Tensor, Tensor],
+    window: WindowGeometry,
+) -> dict[str, Tensor]:
+    """Norm, LeakyReLU, convolution and statistics: at once, or one after the other where a backend does not fuse."""
+    offsets = torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
+    if isinstance(backend, FusingBackend):
+        y, mean, squares = backend.conv3d_fused(x, weight, bias, affine, 0.1, window, offsets, 1)
+    else:
+        geometry = BlockGeometry(window.source_index, None, offsets, 1, window.shape, window.target_block)
+        y = backend.conv3d(backend.norm_apply(x, *affine, None, 0.1, geometry), weight, bias, window, 1)
+        mean, squares = backend.norm_statistics(y, geometry)
+    return {
+        "the convolution of a norm": y,
+        "the mean of a convolution": mean,
+        "the variance of a convolution": squares,
     }
 
 

@@ -9,7 +9,7 @@ results are zero at masked voxels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -289,4 +289,30 @@ class Backend(Protocol):
 
     def scatter_blocks(self, blocks: Tensor, fill: Tensor, geometry: BlockGeometry) -> Tensor:
         """[V, *block, C], fill [C] for masked voxels -> [N, C, D, H, W] in channels-last memory."""
+        ...
+
+
+@runtime_checkable
+class FusingBackend(Backend, Protocol):
+    """A backend with convolutions that do the work of the norms around them, sample by sample."""
+
+    def fuses(self, problem: ConvProblem) -> bool:
+        """Whether `conv3d_fused` can compute a convolution that `why_not` does not refuse."""
+        ...
+
+    def conv3d_fused(
+        self,
+        x: Tensor,  # [V, *block, C_in]
+        weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
+        bias: Tensor | None,  # [C_out]
+        affine: tuple[Tensor, Tensor, Tensor] | None,  # mean, scale, shift: [N, C_in] float32 each
+        slope: float,
+        geometry: WindowGeometry,
+        sample_offsets: Tensor,  # [N + 1] int32: rows of each sample, the same of input and output
+        groups: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolution of leaky_relu((x - mean) * scale + shift, slope), or of x as it is, and its statistics.
+
+        Returns: y [V, *block, C_out], and its mean and squares as of norm_statistics, of y before it was rounded.
+        """
         ...

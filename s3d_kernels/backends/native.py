@@ -63,6 +63,7 @@ CUDA = NativeLibrary(
     missing="no nvcc, or S3D_CUDA=0, at installation",
     device_reason=_too_old,
     check_first_use=True,
+    fuses=True,
 )
 
 
@@ -93,6 +94,9 @@ def use_instruction_set(name: str) -> None:
     """
     CPU.functions().use_instruction_set(name)
 
+
+# Convolutions of up to so many channels have a kernel of their own, which fuses nothing.
+_STEM_CHANNELS = 4
 
 METHODS = ("auto", "direct", "winograd")
 
@@ -173,6 +177,35 @@ class NativeBackend:
         y = _empty(x, len(geometry.target_index), *geometry.target_block, len(weight))
         self._call("conv3d", _in(x), _in(weight), _maybe(bias), *_window(geometry), groups, y)
         return y
+
+    def fuses(self, problem: ConvProblem) -> bool:
+        """As `fuses` of csrc/cuda/bindings.cc, where the limits of conv3d_halo are explained."""
+        if not self._libraries[problem.device].fuses:
+            return False
+        axes = zip(problem.kernel_size, problem.stride, problem.padding, problem.block, strict=True)
+        halo = all(k in (1, 3) and s == 1 and p == k // 2 and b % 4 == 0 for k, s, p, b in axes)
+        stem = problem.groups == 1 and problem.in_channels <= _STEM_CHANNELS
+        depthwise = problem.groups == problem.in_channels == problem.out_channels
+        return halo and problem.kernel_size != (1, 1, 1) and not stem and not depthwise
+
+    def conv3d_fused(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        affine: tuple[Tensor, Tensor, Tensor] | None,
+        slope: float,
+        geometry: WindowGeometry,
+        sample_offsets: Tensor,
+        groups: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = _empty(x, len(geometry.target_index), *geometry.target_block, len(weight))
+        mean, squares = (torch.empty(geometry.batch, len(weight), device=x.device) for _ in range(2))
+        tables = (None, None, None) if affine is None else tuple(_in(table) for table in affine)
+        source, target, table, sizes = _window(geometry)
+        window = (source, target, table, sizes, sample_offsets)
+        self._call("conv3d_fused", _in(x), _in(weight), _maybe(bias), *tables, slope, *window, groups, y, mean, squares)
+        return y, mean, squares
 
     def conv3d_grad_input(self, grad: Tensor, weight: Tensor, geometry: WindowGeometry, groups: int) -> Tensor:
         rows = len(geometry.source_index)

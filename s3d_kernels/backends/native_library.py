@@ -40,6 +40,7 @@ class NativeLibrary:
         device_reason: why the present device cannot run it, or None.
         on_load: called with the library once it is loaded.
         check_first_use: whether kernels are compared with `reference` before the first use of each in a process.
+        fuses: whether it has convolutions that do the work of the norms around them.
     """
 
     name: str
@@ -51,6 +52,7 @@ class NativeLibrary:
     device_reason: Callable[[], str | None] = lambda: None
     on_load: Callable[[Any], None] = lambda library: None
     check_first_use: bool = False
+    fuses: bool = False
 
     def why_not(self) -> str | None:
         """None if it can be used, otherwise the reason in a short sentence."""

@@ -5,17 +5,20 @@ happens inside its body: `torch.compile` sees one node, and backward uses the ba
 """
 
 from .blocks import gather_blocks, scatter_blocks
-from .conv import conv3d, conv3d_grad_input
-from .norm import norm_apply, norm_statistics, normalize
+from .conv import conv3d, conv3d_fused, conv3d_grad_input
+from .norm import compute_deferred, norm_apply, norm_statistics, normalize, normalize_deferred
 from .pool import pool3d
 
 __all__ = [
+    "compute_deferred",
     "conv3d",
+    "conv3d_fused",
     "conv3d_grad_input",
     "gather_blocks",
     "norm_apply",
     "norm_statistics",
     "normalize",
+    "normalize_deferred",
     "pool3d",
     "scatter_blocks",
 ]

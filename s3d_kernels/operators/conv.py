@@ -11,14 +11,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, WindowGeometry, choose
+from ..backends import ConvProblem, WindowGeometry, choose, fusing
 
 # torch reads the schema of a custom operator from these annotations: it wants Optional and list, not unions, tuples.
 # Behind their operands all window operators take the tensors of a WindowGeometry, its sizes and the backend's name.
 _GEOMETRY_TENSORS = 5
 
 
-def _problem(weight: Tensor, groups: int, geometry: WindowGeometry, x: Tensor) -> ConvProblem:
+def conv_problem(weight: Tensor, groups: int, geometry: WindowGeometry, x: Tensor) -> ConvProblem:
+    """What `x`, an input or output, and the weight [C_out, C_in / groups, ...] make of a convolution."""
     return ConvProblem(
         device=x.device.type,
         dtype=x.dtype,
@@ -49,13 +50,61 @@ def conv3d(
 ) -> Tensor:
     """Convolution. Returns: [Vo, *target_block, C_out]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
-    return choose(backend, _problem(weight, groups, geometry, x)).conv3d(x, weight, bias, geometry, groups)
+    return choose(backend, conv_problem(weight, groups, geometry, x)).conv3d(x, weight, bias, geometry, groups)
 
 
 @conv3d.register_fake
 def _(x, weight, bias, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend):
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     return x.new_empty(target_index.shape[0], *geometry.target_block, weight.shape[0])
+
+
+@torch.library.custom_op("s3d_kernels::conv3d_fused", mutates_args=())
+def conv3d_fused(
+    x: Tensor,  # [V, *block, C_in]
+    weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
+    bias: Optional[Tensor],  # [C_out]
+    source_index: Tensor,
+    source_voxels: Optional[Tensor],
+    target_index: Tensor,
+    target_voxels: Optional[Tensor],
+    table: Tensor,
+    sizes: list[int],
+    groups: int,
+    backend: str,
+    sample_offsets: Tensor,
+    raw: Optional[Tensor],  # [V, *block, C_in]
+    mean: Optional[Tensor],  # [N, C_in]
+    scale: Optional[Tensor],  # [N, C_in]
+    shift: Optional[Tensor],  # [N, C_in]
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution, and the statistics of its result as `norm_statistics` gives them, on a backend that fuses them.
+
+    With `raw` it reads leaky_relu((raw - mean) * scale + shift, slope), and x, of `normalize_deferred`, only stands
+    for that in the graph: the caller lets backward compute what is saved of x. Not for compiled graphs.
+    Returns: [V, *block, C_out], and without gradient [N, C_out] twice.
+    Raises:
+        ValueError: the backend does not fuse this.
+    """
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
+    problem = conv_problem(weight, groups, geometry, x)
+    kernel = fusing(backend, problem)
+    if kernel is None:
+        raise ValueError(f"backend {backend!r} does not fuse {problem}")
+    affine = None if mean is None or scale is None or shift is None else (mean, scale, shift)
+    return kernel.conv3d_fused(x if raw is None else raw, weight, bias, affine, slope, geometry, sample_offsets, groups)
+
+
+@conv3d_fused.register_fake
+def _(
+    x, weight, bias, source_index, source_voxels, target_index, target_voxels, table, sizes, groups, backend,
+    sample_offsets, raw, mean, scale, shift, slope,
+):  # fmt: skip
+    geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
+    channels = weight.shape[0]
+    table = x.new_empty(geometry.batch, channels, dtype=torch.float32)
+    return x.new_empty(len(target_index), *geometry.target_block, channels), table, torch.empty_like(table)
 
 
 @torch.library.custom_op("s3d_kernels::conv3d_grad_input", mutates_args=())
@@ -73,7 +122,7 @@ def conv3d_grad_input(
 ) -> Tensor:
     """Gradient of the convolution with respect to its input. Returns: [Vi, *source_block, C_in]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
-    kernel = choose(backend, _problem(weight, groups, geometry, grad))
+    kernel = choose(backend, conv_problem(weight, groups, geometry, grad))
     return kernel.conv3d_grad_input(grad.contiguous(), weight, geometry, groups)
 
 
@@ -99,7 +148,7 @@ def conv3d_grad_weight(
     """Gradients with respect to weight and bias. Returns: [C_out, C_in / groups, kd, kh, kw], [C_out]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     weight = grad.new_empty(grad.shape[-1], x.shape[-1] // groups, 0)
-    kernel = choose(backend, _problem(weight, groups, geometry, grad))
+    kernel = choose(backend, conv_problem(weight, groups, geometry, grad))
     return kernel.conv3d_grad_weight(grad.contiguous(), x.contiguous(), geometry, groups)
 
 
@@ -144,6 +193,21 @@ def _conv3d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *(None for _ in rest)
 
 
+# Arguments of conv3d_fused behind those of conv3d.
+_FUSED = 6
+
+
+def _conv3d_fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    y, mean, squares = output
+    _conv3d_setup(ctx, inputs[:-_FUSED], y)
+    ctx.mark_non_differentiable(mean, squares)
+    ctx.set_materialize_grads(False)
+
+
+def _conv3d_fused_backward(ctx: Any, grad: Tensor, *of_statistics: None) -> tuple[Any, ...]:
+    return *_conv3d_backward(ctx, grad), *(None,) * _FUSED
+
+
 def _conv3d_grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, weight, *rest = inputs
     save_operands(ctx, (grad, weight), rest)
@@ -175,5 +239,6 @@ def _conv3d_grad_weight_backward(ctx: Any, grad2_weight: Tensor, grad2_bias: Ten
 
 
 conv3d.register_autograd(_conv3d_backward, setup_context=_conv3d_setup)
+conv3d_fused.register_autograd(_conv3d_fused_backward, setup_context=_conv3d_fused_setup)
 conv3d_grad_input.register_autograd(_conv3d_grad_input_backward, setup_context=_conv3d_grad_input_setup)
 conv3d_grad_weight.register_autograd(_conv3d_grad_weight_backward, setup_context=_conv3d_grad_weight_setup)

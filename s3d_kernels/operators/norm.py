@@ -165,6 +165,64 @@ def _(
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("s3d_kernels::normalize_deferred", mutates_args=())
+def normalize_deferred(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    mean: Tensor,
+    rstd: Tensor,
+    count: Tensor,
+    index: Tensor,
+    voxels: Optional[Tensor],
+    sample_offsets: Tensor,
+    sizes: list[int],
+    slope: float,
+    over: str,
+    groups: int,
+    synchronise: bool,
+    backend: str,
+) -> Tensor:
+    """The place of what `normalize` gives, in graph and shape, without its values: for readers who compute them.
+
+    Returns: [V, bd, bh, bw, C], one element in memory that means nothing.
+    """
+    return x.new_empty(1).expand(x.shape)
+
+
+@normalize_deferred.register_fake
+def _(
+    x, weight, bias, residual, mean, rstd, count, index, voxels, sample_offsets, sizes, slope,
+    over, groups, synchronise, backend,
+):  # fmt: skip
+    return x.new_empty(1).expand(x.shape)
+
+
+@torch.library.custom_op("s3d_kernels::compute_deferred", mutates_args=())
+def compute_deferred(
+    deferred: Tensor,  # [V, bd, bh, bw, C]
+    x: Tensor,  # [V, bd, bh, bw, C]
+    mean: Tensor,  # [N, C]
+    scale: Tensor,  # [N, C]
+    shift: Tensor,  # [N, C]
+    index: Tensor,
+    voxels: Optional[Tensor],
+    sample_offsets: Tensor,
+    sizes: list[int],
+    slope: float,
+    backend: str,
+) -> Tensor:
+    """The values of which `deferred` is the place; their gradient goes there. Returns: [V, bd, bh, bw, C]."""
+    geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
+    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, None, slope, geometry)
+
+
+@compute_deferred.register_fake
+def _(deferred, x, mean, scale, shift, index, voxels, sample_offsets, sizes, slope, backend):
+    return x.new_empty(x.shape)
+
+
 def affine_tables(
     weight: Optional[Tensor], bias: Optional[Tensor], mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -237,3 +295,5 @@ def _normalize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 normalize.register_autograd(_normalize_backward, setup_context=_normalize_setup)
+normalize_deferred.register_autograd(_normalize_backward, setup_context=_normalize_setup)
+compute_deferred.register_autograd(lambda ctx, grad: (grad, *(None,) * 10))

@@ -50,7 +50,8 @@ def build(folder: Path) -> Path:
 
 def backend(library: Path) -> NativeBackend:
     """The backend that computes on CPU tensors with the emulated library."""
-    cpu = NativeLibrary(NAME, library, FOLDERS, CUDA.dtypes, CUDA.setting, missing="not compiled")
+    missing = "not compiled"
+    cpu = NativeLibrary(NAME, library, FOLDERS, CUDA.dtypes, CUDA.setting, missing, fuses=CUDA.fuses)
     return NativeBackend(NAME, {"cpu": cpu})
 
 

@@ -7,7 +7,7 @@ and warps, which must give the same bits; shared memory is watched for races all
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, functional, use_backend
+from s3d_kernels import BlockMask, BlockSparseTensor, functional, use_backend
 from s3d_kernels.backends import BlocksProblem, ConvProblem, NormProblem, PoolProblem
 from s3d_kernels.backends.first_use import disagreement
 from s3d_kernels.backends.native import CUDA, NativeBackend
@@ -38,16 +38,6 @@ MASKS: dict[str, Callable[[], BlockMask]] = {
     "nothing": lambda: BlockMask.random(2, (1, 1, 2), 4, 1.0),
     "voxels": lambda: BlockMask.from_voxels(torch.rand(1, 5, 6, 7, generator=seeded(5)) < 0.3, 4),
 }
-
-
-@pytest.fixture(scope="module")
-def emulated(pytestconfig: pytest.Config) -> Iterator[NativeBackend]:
-    assert pytestconfig.cache is not None
-    backend = emulated_cuda.backend(emulated_cuda.build(pytestconfig.cache.mkdir("emulated_cuda")))
-    backends.register(backend, first=False)
-    yield backend
-    del REGISTRY[backend.name]
-    backends._chosen.clear()
 
 
 def check(
@@ -197,7 +187,7 @@ def test_the_check_of_the_first_use(operator: str, emulated: NativeBackend) -> N
     for dtype in library.dtypes:
         assert disagreement(emulated, operator, dtype, torch.device("cpu")) is None
     functions = {
-        "conv3d": ["conv3d", "conv3d_grad_input", "conv3d_grad_weight"],
+        "conv3d": ["conv3d", "conv3d_fused", "conv3d_grad_input", "conv3d_grad_weight"],
         "norm": ["norm_statistics", "norm_apply", "norm_grad_sums", "norm_grad_input"],
         "pool3d": ["pool3d", "pool3d_grad"],
         "blocks": ["gather_blocks", "scatter_blocks"],

@@ -1,0 +1,23 @@
+"""Fixtures of several files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from s3d_kernels import REGISTRY, backends
+from s3d_kernels.backends.native import NativeBackend
+
+from . import emulated_cuda
+
+
+@pytest.fixture(scope="module")
+def emulated(pytestconfig: pytest.Config) -> Iterator[NativeBackend]:
+    """The CUDA kernels as one more backend, for CPU tensors."""
+    assert pytestconfig.cache is not None
+    backend = emulated_cuda.backend(emulated_cuda.build(pytestconfig.cache.mkdir("emulated_cuda")))
+    backends.register(backend, first=False)
+    yield backend
+    del REGISTRY[backend.name]
+    backends._chosen.clear()

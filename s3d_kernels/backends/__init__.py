@@ -55,6 +55,7 @@ REGISTRY: dict[str, Backend] = {}
 _current_backend = "auto"
 
 _chosen: dict[Problem, str] = {}
+_fusing: dict[tuple[str, Problem], FusingBackend | None] = {}
 _said: set[tuple[str, str]] = set()
 
 
@@ -65,6 +66,7 @@ def register(backend: Backend, *, first: bool = True) -> None:
     REGISTRY.clear()
     REGISTRY.update(order)
     _chosen.clear()
+    _fusing.clear()
 
 
 def check_name(name: str) -> str:
@@ -145,8 +147,11 @@ def fusing(name: str, problem: ConvProblem) -> FusingBackend | None:
     Raises:
         ValueError, UnsupportedProblem: as :func:`choose`.
     """
-    backend = choose(name, problem)
-    return backend if isinstance(backend, FusingBackend) and backend.fuses(problem) else None
+    key = (name, problem)
+    if key not in _fusing:  # to look at a protocol takes longer than anything else here
+        backend = choose(name, problem)
+        _fusing[key] = backend if isinstance(backend, FusingBackend) and backend.fuses(problem) else None
+    return _fusing[key]
 
 
 def computes_natively(x: Tensor) -> bool:

@@ -366,7 +366,7 @@ def test_gradients_are_recorded_as_they_were_when_norm_and_convolution_were_call
     y = first(features())
     with torch.no_grad():
         assert not last(y).blocks.requires_grad
-    assert y.blocks.requires_grad
+        assert y.blocks.requires_grad
     torch.autograd.grad(y.blocks.sum(), first[1].bias)
     with torch.inference_mode():
         z = last(first(features()))
@@ -400,6 +400,17 @@ def test_hooks_of_others_see_what_they_always_saw() -> None:
         plain, of_plain = packed()
     assert ours == plain
     assert_the_same(of_ours, of_plain)
+
+
+def test_hooks_that_are_set_between_activation_and_convolution() -> None:
+    layers = nn.Sequential(layer(), layer(16, 1))
+
+    def run(x: BlockSparseTensor) -> Tensor:
+        y = layers[0](x)
+        with torch.autograd.graph.save_on_cpu():
+            return layers[1](y).blocks
+
+    compare(run, layers)
 
 
 def test_checkpointing() -> None:

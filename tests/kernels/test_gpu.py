@@ -10,6 +10,7 @@ from torch import Tensor
 import s3d_kernels as sk
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, use_backend
 
+from .test_fused_conv import BLOCK
 from .test_operators import CASES, MASKS, Case, assert_close, expected, run, seeded, tolerances
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -46,6 +47,17 @@ def test_against_the_oracle(case: Case, backend: str, tf32: bool, dtype: torch.d
                 assert_close(a, b, dtype, allowed[i], f"{name}, result {i}")
                 if backend == "native":
                     assert torch.equal(a, c), f"{name}, result {i}: other bits in another run, or from masked voxels"
+
+
+@pytest.mark.parametrize("name", ["side 8", "side 4, unequal", "empty sample", "voxels"])
+def test_fused_residual_block_against_the_oracle(name: str) -> None:
+    skip_if_unavailable("native", torch.float32)
+    mask = MASKS[name]()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        got, again = (run(BLOCK, mask, torch.float32, "native", masked, "cuda") for masked in (float("nan"), 0.0))
+    for i, (a, b, c) in enumerate(zip(got, expected(BLOCK, mask), again, strict=True)):
+        assert_close(a, b, torch.float32, 3e-5, f"result {i}")
+        assert torch.equal(a, c), f"result {i}: other bits in another run, or from masked voxels"
 
 
 class Block(torch.nn.Module):

@@ -5,8 +5,8 @@
 // Layouts   grad [voxels, groups * N] and x [voxels, groups * K], channels last; the result as torch has it. Partial
 //           sums [part, group, tap, K, N] in float.
 // Work      A block of 4 warps makes one part of one (group, tap, kTile input channels, kTile output channels); kTile
-//           is 32 or 64. It takes kBatch voxels of its part at a time, lists those that have a source under its tap (so no
-//           product is wasted on others) and multiplies them in steps of kPairs. A warp makes a quarter of the tile.
+//           is 32 or 64. It takes kBatch voxels of its part at a time, lists those that have a source under its tap (so
+//           no product is wasted on others) and multiplies them in steps of kPairs. A warp makes a quarter of the tile.
 //           Parts are cut by the problem alone; a second kernel adds them in their order. No atomics: the bits are the
 //           same from run to run.
 // Memory    kStages of kPairs * 2 * kTile numbers, by cp.async two steps ahead; chunks swizzled. The list: kBatch * 8

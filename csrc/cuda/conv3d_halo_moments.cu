@@ -5,8 +5,8 @@
 // Layouts   partials: counts [tiles], then moments [tiles, mean or squares, channels], floats; results [samples,
 //           channels].
 // Work      A block makes 8 channels of one sample, 32 bytes of a tile: eight lanes, one channel each, have every
-//           kSlots-th tile in their order and fetch kAtOnce tiles before they merge them; then halves of these slots are
-//           merged with each other, in shared memory.
+//           kSlots-th tile in their order and fetch kAtOnce tiles before they merge them; then halves of these slots
+//           are merged with each other, in shared memory.
 // Numbers   Pairs of (count, mean, squares) are merged by the deviation of one mean from the other, in float; counts
 //           are integers. The order is fixed by the problem alone.
 // Expected  Reads 8 bytes a tile and channel, 64 times less than the convolution wrote in bf16, so latency counts: a

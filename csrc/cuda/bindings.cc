@@ -86,11 +86,16 @@ bool fuses(const Window& window, const ConvChannels& channels) {
          !conv3d_stem_applies(window, channels);
 }
 
-// A table [samples, channels] that kernels read 16 bytes at a time.
+// What kernels read 16 bytes at a time.
+template <typename T>
+const T* aligned(const T* data, const char* name) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0) TVM_FFI_THROW(ValueError) << name << " must be aligned to 16 bytes";
+  return data;
+}
+
+// A table [samples, channels].
 const float* input_table(const MaybeTensor& t, const char* name, int64_t samples, int64_t channels) {
-  const float* const all = data<float>(t, name, {samples, channels});
-  if (reinterpret_cast<uintptr_t>(all) % 16 != 0) TVM_FFI_THROW(ValueError) << name << " must be aligned to 16 bytes";
-  return all;
+  return aligned(data<float>(t, name, {samples, channels}), name);
 }
 
 // y: the convolution of leaky((x - x_mean) * x_scale + x_shift) (without x_mean: of x). mean, squares: of y, see
@@ -292,11 +297,9 @@ void norm_grad_input(TensorView grad, TensorView x, TensorView mean, TensorView 
 
 // ---- dense <-> blocks
 
-// Rows (n, gd, gh, gw), which kernels read 16 bytes at a time.
+// Rows (n, gd, gh, gw).
 const int32_t* index_of(const TensorView& index, const char* name, int64_t rows) {
-  const int32_t* const all = data<int32_t>(index, name, {rows, 4});
-  if (reinterpret_cast<uintptr_t>(all) % 16 != 0) TVM_FFI_THROW(ValueError) << name << " must be aligned to 16 bytes";
-  return all;
+  return aligned(data<int32_t>(index, name, {rows, 4}), name);
 }
 
 BlockRows block_rows_of(const TensorView& blocks, const TensorView& index, const MaybeTensor& voxels) {

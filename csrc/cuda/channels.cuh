@@ -21,16 +21,7 @@ __device__ __forceinline__ void load_channels(Global<const T> from, float (&valu
     values[0] = to_float(static_cast<T>(from[0]));
   } else {
     static_assert(kVector == kChunk<T>, "16 bytes");
-    const uint4 chunk = load<uint4>(from);
-    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        values[i] = __uint_as_float(words[i]);
-      } else {
-        unpack<T>(words[i], values[2 * i], values[2 * i + 1]);
-      }
-    }
+    unpack_chunk<T>(load<uint4>(from), values);
   }
 }
 

@@ -77,19 +77,6 @@ Correlation correlation_of(const Window& window, const ConvChannels& channels) {
   return c;
 }
 
-// A chunk of a row in a stage. Eight rows' chunks, and for float the 4 x 8 numbers that a warp loads at once, lie in
-// different banks.
-template <typename T, int kChunks>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  int other = row & 7;
-  if constexpr (sizeof(T) == 4) {
-    other = (row & 3) << 1;
-  } else if constexpr (kChunks == 4) {
-    other = row >> 1 & 3;
-  }
-  return (row * kChunks + (chunk ^ other)) * kChunk<T>;
-}
-
 // sums += x^T grad over the first `count` pairs of a step, rounded up to what an mma takes: rows x_first ... of the
 // tile's input, columns grad_first ... of its output channels.
 template <typename T, Math kMath, int kTile>
@@ -107,12 +94,12 @@ __device__ __forceinline__ void correlate(
 #pragma unroll
       for (int i = 0; i < 2 * kRows; ++i) {
         const int channel = x_first + i * 8 + g;
-        a[i / 2][i % 2] = x[swizzled<T, kChunks>(pair, channel / 4) + channel % 4];
+        a[i / 2][i % 2] = x[swizzled_wide<T, kChunks>(pair, channel / 4) + channel % 4];
       }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int channel = grad_first + j * 8 + 2 * t;
-        const float2 b = load<float2>(grad + (swizzled<T, kChunks>(pair, channel / 4) + channel % 4));
+        const float2 b = load<float2>(grad + (swizzled_wide<T, kChunks>(pair, channel / 4) + channel % 4));
 #pragma unroll
         for (int m = 0; m < kRows; ++m) {
           sums[m][j][0] += a[m][0] * b.x;
@@ -130,7 +117,7 @@ __device__ __forceinline__ void correlate(
       uint32_t a[kRows][4], b[kColumns][2];
       if constexpr (sizeof(T) == 4) {
         const auto number = [&](Shared<T> from, int pair, int channel) {
-          const float value = from[swizzled<T, kChunks>(pair, channel / 4) + channel % 4];
+          const float value = from[swizzled_wide<T, kChunks>(pair, channel / 4) + channel % 4];
           return to_tf32(value);
         };
 #pragma unroll
@@ -145,12 +132,14 @@ __device__ __forceinline__ void correlate(
         const int part = lane / 8, row = first + lane % 8;
 #pragma unroll
         for (int m = 0; m < kRows; ++m) {
-          ldmatrix_transposed(a[m], x + swizzled<T, kChunks>(row + part / 2 * 8, x_first / 8 + m * 2 + part % 2));
+          const int chunk = x_first / 8 + m * 2 + part % 2;
+          ldmatrix_transposed(a[m], x + swizzled_wide<T, kChunks>(row + part / 2 * 8, chunk));
         }
 #pragma unroll
         for (int j = 0; j < kColumns; j += 2) {
           uint32_t two[4];
-          ldmatrix_transposed(two, grad + swizzled<T, kChunks>(row + part % 2 * 8, grad_first / 8 + j + part / 2));
+          const int chunk = grad_first / 8 + j + part / 2;
+          ldmatrix_transposed(two, grad + swizzled_wide<T, kChunks>(row + part % 2 * 8, chunk));
 #pragma unroll
           for (int i = 0; i < 4; ++i) b[j + i / 2][i % 2] = two[i];
         }
@@ -227,7 +216,7 @@ __global__ void __launch_bounds__(GradWeightTraits<T, kTile>::kThreads, GradWeig
         const int row = i / kChunks, chunk = i % kChunks, channel = chunk * kChunk<T>;
         const bool exists = step * kPairs + row < count;
         const int2 pair = exists ? load<int2>(pairs + (step * kPairs + row)) : make_int2(0, 0);
-        const int place = swizzled<T, kChunks>(row, chunk);
+        const int place = swizzled_wide<T, kChunks>(row, chunk);
         copy_chunk<T>(to + place, x, pair.y * x_channels + channel, exists ? c.k - k_first - channel : 0, whole_x);
         copy_chunk<T>(to + Traits::kOperandElements + place, grad, pair.x * grad_channels + channel,
                       exists ? c.n - n_first - channel : 0, whole_grad);

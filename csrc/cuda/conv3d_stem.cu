@@ -180,18 +180,6 @@ struct GradTraits {
   static constexpr int kWarpBytes = kInputBytes > kSumsBytes ? kInputBytes : kSumsBytes;
 };
 
-// Of grad. Eight consecutive rows have the same chunk in different banks; for float, four have two neighbouring ones.
-template <typename T, int kChunks>
-__device__ __forceinline__ int grad_swizzled(int row, int chunk) {
-  int key = row & 7;
-  if constexpr (sizeof(T) == 4) {
-    key = (row & 3) << 1;
-  } else if constexpr (kChunks == 4) {
-    key = row >> 1 & 3;
-  }
-  return (row * kChunks + (chunk ^ key)) * kChunk<T>;
-}
-
 // sums += A^T grad over 32 voxels.
 template <typename T, Math kMath, int kColumns>
 __device__ __forceinline__ void correlate(Shared<T> rows, Shared<T> grad,
@@ -207,7 +195,7 @@ __device__ __forceinline__ void correlate(Shared<T> rows, Shared<T> grad,
       const float high = rows[stem_swizzled<T>(voxel, 2 + g / 4) + g % 4];
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j) {
-        const float2 b = load<float2>(grad + (grad_swizzled<T, kChunks>(voxel, j * 2 + t / 2) + t % 2 * 2));
+        const float2 b = load<float2>(grad + (swizzled_wide<T, kChunks>(voxel, j * 2 + t / 2) + t % 2 * 2));
         sums[0][j][0] += low * b.x;
         sums[0][j][1] += low * b.y;
         sums[0][j][2] += high * b.x;
@@ -229,7 +217,7 @@ __device__ __forceinline__ void correlate(Shared<T> rows, Shared<T> grad,
 #pragma unroll
         for (int i = 0; i < kColumns / 4; ++i) {
           const int voxel = first + t + i % 2 * 4;
-          const float value = grad[grad_swizzled<T, kChunks>(voxel, i / 2 * 2 + g / 4) + g % 4];
+          const float value = grad[swizzled_wide<T, kChunks>(voxel, i / 2 * 2 + g / 4) + g % 4];
           b[i / 2][i % 2] = to_tf32(value);
         }
       } else {
@@ -241,7 +229,7 @@ __device__ __forceinline__ void correlate(Shared<T> rows, Shared<T> grad,
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j += 2) {
           uint32_t two[4];
-          ldmatrix_transposed(two, grad + grad_swizzled<T, kChunks>(voxel + part % 2 * 8, j + part / 2));
+          ldmatrix_transposed(two, grad + swizzled_wide<T, kChunks>(voxel + part % 2 * 8, j + part / 2));
 #pragma unroll
           for (int i = 0; i < 4; ++i) b[j + i / 2][i % 2] = two[i];
         }
@@ -278,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int i = lane; i < 32 * Traits::kChunks; i += 32) {
       const int row = i / Traits::kChunks, chunk = i % Traits::kChunks, n = n_first + chunk * kChunk<T>;
-      copy_chunk<T>(grad_rows + grad_swizzled<T, Traits::kChunks>(row, chunk), grad, (first + row) * product.n + n,
+      copy_chunk<T>(grad_rows + swizzled_wide<T, Traits::kChunks>(row, chunk), grad, (first + row) * product.n + n,
                     (visible_rows >> row & 1) != 0 ? product.n - n : 0, whole_grad);
     }
     cp_async_commit();

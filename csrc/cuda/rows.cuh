@@ -32,6 +32,19 @@ __device__ __forceinline__ void copy_chunk(Shared<T> to, Global<const T> from, i
   }
 }
 
+// Where in shared memory a chunk of a row of kChunks is, for products along the rows (ldmatrix_transposed). Eight rows'
+// chunks, and for float the 4 x 8 numbers that a warp loads at once, lie in different banks.
+template <typename T, int kChunks>
+__device__ __forceinline__ int swizzled_wide(int row, int chunk) {
+  int key = row & 7;
+  if constexpr (sizeof(T) == 4) {
+    key = (row & 3) << 1;
+  } else if constexpr (kChunks == 4) {
+    key = row >> 1 & 3;
+  }
+  return (row * kChunks + (chunk ^ key)) * kChunk<T>;
+}
+
 template <typename T>
 __device__ __forceinline__ uint4 pack_chunk(const float* values) {
   if constexpr (sizeof(T) == 4) {

@@ -16,15 +16,6 @@ using s3d::test::Random;
 using s3d::test::Shape;
 using s3d::test::Side;
 
-// A window's tables as a kernel may read them.
-struct WindowBuffers {
-  explicit WindowBuffers(const Window& window)
-      : table(window.table, window.written_rows * window.columns() * 4, "table"),
-        written(window.written_voxels, window.written_rows * window.written_block.volume(), "written voxels"),
-        gathered(window.gathered_voxels, window.gathered_rows * window.gathered_block.volume(), "gathered voxels") {}
-  emulator::RegisteredBuffer table, written, gathered;
-};
-
 template <typename T>
 struct Convolution {
   Convolution(const Problem& p, const Channels& c, Math math, bool with_bias, Random& random)

@@ -1,5 +1,5 @@
 // What the convolutions of a ResEnc-L encoder do at a patch of 160^3 of which 75 % is masked, as the emulator counts
-// it: the table in docs/performance.md. Of the blocks of a stage a few are computed, with all of their neighbours there.
+// it: the table in docs/performance.md. Of the blocks of a stage a few are computed; all of their neighbours are there.
 #include "cuda/tests/results.h"
 #include "tests/problem.h"
 

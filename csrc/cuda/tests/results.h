@@ -60,6 +60,15 @@ struct Operand {
   std::vector<double> read;
 };
 
+// A window's tables as a kernel may read them.
+struct WindowBuffers {
+  explicit WindowBuffers(const Window& window)
+      : table(window.table, window.written_rows * window.columns() * 4, "table"),
+        written(window.written_voxels, window.written_rows * window.written_block.volume(), "written voxels"),
+        gathered(window.gathered_voxels, window.gathered_rows * window.gathered_block.volume(), "gathered voxels") {}
+  emulator::RegisteredBuffer table, written, gathered;
+};
+
 // Calls call(result) with each seed; the result starts as NaNs.
 template <typename T, typename Call>
 void check_result(const std::string& what, const Expected& expected, const Tolerance& allowed, const Call& call) {

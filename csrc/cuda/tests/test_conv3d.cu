@@ -1,71 +1,24 @@
 // Convolution and the gradient of its input: random masks, every kind of window, odd numbers of channels, groups.
-#include "cuda/tests/results.h"
-#include "tests/problem.h"
+#include "cuda/tests/convolution.h"
 
 namespace s3d::cuda::test {
 namespace {
-
-using s3d::test::Channels;
-using s3d::test::Pair;
-using s3d::test::Problem;
-using s3d::test::Random;
-using s3d::test::Shape;
-using s3d::test::Side;
-
-void add_bias(const Side& side, const std::vector<double>& bias, Expected& to) {
-  const auto channels = static_cast<int64_t>(bias.size());
-  for (int64_t i = 0; i < static_cast<int64_t>(to.value.size()) && channels > 0; ++i) {
-    if (side.visible(i / channels)) to.add(i, bias[i % channels]);
-  }
-}
-
-// The window's tables as a kernel may read them.
-struct DeviceWindow {
-  explicit DeviceWindow(const Window& window)
-      : table_(window.table, window.written_rows * window.columns() * 4, "table"),
-        written_(window.written_voxels, window.written_rows * window.written_block.volume(), "written voxels"),
-        gathered_(window.gathered_voxels, window.gathered_rows * window.gathered_block.volume(), "gathered voxels") {}
-
- private:
-  emulator::RegisteredBuffer table_, written_, gathered_;
-};
 
 template <typename T>
 void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed, bool only_halo) {
   Random random(seed);
   const bool with_bias = random.chance(0.5);
-  const int64_t in_group = c.in / c.groups, out_group = c.out / c.groups, taps = p.shape.kernel.volume();
-  Operand<T> x(p.source.features(random.values(p.source.size() * c.in), c.in), "x");
-  Operand<T> grad(p.target.features(random.values(p.target.size() * c.out), c.out), "grad");
-  Operand<T> weight(random.values(c.out * in_group * taps), "weight");
-  Operand<T> out_bias(with_bias ? random.values(c.out) : std::vector<double>(), "bias");
-  Operand<T> in_bias(with_bias ? random.values(c.in) : std::vector<double>(), "bias");
-
-  Expected y(p.target.size() * c.out), grad_x(p.source.size() * c.in), grad_weight(c.out * in_group * taps);
-  add_bias(p.target, out_bias.read, y);
-  add_bias(p.source, in_bias.read, grad_x);
-  for (const Pair& pair : p.pairs) {
-    for (int64_t o = 0; o < c.out; ++o) {
-      for (int64_t i = 0; i < in_group; ++i) {
-        const int64_t at_y = pair.target * c.out + o, at_x = pair.source * c.in + o / out_group * in_group + i;
-        const int64_t at_w = (o * in_group + i) * taps + pair.tap;
-        y.add(at_y, weight.read[at_w] * x.read[at_x]);
-        grad_x.add(at_x, weight.read[at_w] * grad.read[at_y]);
-        grad_weight.add(at_w, grad.read[at_y] * x.read[at_x]);
-      }
-    }
-  }
-
-  const ConvChannels channels = {static_cast<int>(c.in), static_cast<int>(c.out), static_cast<int>(c.groups)};
-  const std::string name = p.name + " channels " + std::to_string(c.in) + " to " + std::to_string(c.out) + " groups " +
-                           std::to_string(c.groups) + (with_bias ? " bias " : " ") + name_of<T>(math);
-  const DeviceWindow forward(p.forward), transposed(p.transposed);
+  Convolution<T> conv(p, c, math, with_bias, random);
+  const ConvChannels& channels = conv.channels;
+  const std::string& name = conv.name;
+  // Of channels in whole chunks of 16 bytes.
+  const bool whole = c.in / c.groups % 8 == 0 && c.out / c.groups % 8 == 0;
   const auto check = [&](const std::string& direction, const Window& window, Operand<T>& gathered, Operand<T>& bias,
                          const Expected& expected) {
     DeviceBuffer<T> packed(conv3d_packed_elements<T>(window, channels), "packed weight");
     for (size_t i = 0; i < packed.size(); ++i) packed[i] = from_float<T>(std::nanf(""));
-    conv3d_pack_weight<T>(window, channels, math, weight.device.data(), packed.data(), nullptr);
-    T* const added = with_bias ? bias.device.data() : nullptr;
+    conv3d_pack_weight<T>(window, channels, math, conv.weight.device.data(), packed.data(), nullptr);
+    T* const added = data_or_null(bias);
     if (!only_halo) {
       check_result<T>("conv3d_gather" + direction + name, expected, tolerance<T>(math), [&](T* written) {
         conv3d_gather<T>(window, channels, math, gathered.device.data(), packed.data(), added, written, nullptr);
@@ -74,14 +27,13 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
         const int64_t sums = conv3d_pairs_partial_sums<T>(window, channels);
         emulator::take_launches();
         check_result<T>("conv3d_pairs" + direction + name, expected, tolerance<T>(math), [&](T* written) {
-          DeviceBuffer<float> partial(sums, "partial sums");
-          for (size_t i = 0; i < partial.size(); ++i) partial[i] = std::nanf("");
+          PartialSums partial(sums);
           conv3d_pairs<T>(window, channels, math, gathered.device.data(), packed.data(), added, partial.data(), written,
                           nullptr);
         });
         for (const emulator::LaunchRecord& launch : emulator::take_launches()) {
           if (launch.kernel != "conv3d_pairs") continue;
-          CHECK_EQUAL(launch.counters.useful_flops, 2 * static_cast<int64_t>(p.pairs.size()) * c.in * out_group);
+          CHECK_EQUAL(launch.counters.useful_flops, conv.useful_flops);
         }
       }
     }
@@ -92,42 +44,38 @@ void check_problem(const Problem& p, const Channels& c, Math math, uint64_t seed
     check_result<T>("conv3d_halo" + direction + name, expected, tolerance<T>(math), [&](T* written) {
       conv3d_halo<T>(window, channels, math, gathered.device.data(), packed.data(), added, written, nullptr);
     });
-    // Of channels in whole chunks of 16 bytes. Each pair is multiplied, and nothing that is no pair counts as useful.
-    const bool whole = in_group % 8 == 0 && out_group % 8 == 0;
+    // Each pair is multiplied, and nothing that is no pair counts as useful.
     for (const emulator::LaunchRecord& launch : emulator::take_launches()) {
       const emulator::Counters& counters = launch.counters;
       CHECK_EQUAL(whole ? counters.shared_read_conflicts : 0, 0);
       CHECK_EQUAL(whole ? counters.shared_write_conflicts : 0, 0);
-      CHECK_EQUAL(counters.useful_flops, 2 * static_cast<int64_t>(p.pairs.size()) * c.in * out_group);
+      CHECK_EQUAL(counters.useful_flops, conv.useful_flops);
     }
   };
-  check(" ", p.forward, x, out_bias, y);
-  check(" transposed ", p.transposed, grad, in_bias, grad_x);
+  check(" ", p.forward, conv.x, conv.out_bias, conv.y);
+  check(" transposed ", p.transposed, conv.grad, conv.in_bias, conv.grad_x);
   if (conv3d_halo_applies(p.forward, channels)) {
     emulator::take_launches();
     int calls = 0;
-    check_result<T>("conv3d_grad_weight_halo " + name, grad_weight, tolerance<T>(math), [&](T* written) {
+    check_result<T>("conv3d_grad_weight_halo " + name, conv.grad_weight, tolerance<T>(math), [&](T* written) {
       // On a large GPU and on a small one, which has fewer buffers.
       if (calls++ > 0) emulator::set_options({1, true, 99 << 10});
-      DeviceBuffer<float> partial(conv3d_grad_weight_halo_partial_sums<T>(p.forward, channels), "partial sums");
-      for (size_t i = 0; i < partial.size(); ++i) partial[i] = std::nanf("");
-      conv3d_grad_weight_halo<T>(p.forward, channels, math, grad.device.data(), x.device.data(), partial.data(),
-                                 written, nullptr);
+      PartialSums partial(conv3d_grad_weight_halo_partial_sums<T>(p.forward, channels));
+      conv3d_grad_weight_halo<T>(p.forward, channels, math, conv.grad.device.data(), conv.x.device.data(),
+                                 partial.data(), written, nullptr);
     });
-    const bool whole = in_group % 8 == 0 && out_group % 8 == 0;
     for (const emulator::LaunchRecord& launch : emulator::take_launches()) {
       if (launch.kernel != "conv3d_grad_weight_halo") continue;
       CHECK_EQUAL(whole ? launch.counters.shared_read_conflicts : 0, 0);
       CHECK_EQUAL(whole ? launch.counters.shared_write_conflicts : 0, 0);
-      CHECK_EQUAL(launch.counters.useful_flops, 2 * static_cast<int64_t>(p.pairs.size()) * c.in * out_group);
+      CHECK_EQUAL(launch.counters.useful_flops, conv.useful_flops);
     }
   }
   if (only_halo) return;
-  check_result<T>("conv3d_grad_weight " + name, grad_weight, tolerance<T>(math), [&](T* written) {
-    DeviceBuffer<float> partial(conv3d_grad_weight_partial_sums(p.forward, channels), "partial sums");
-    for (size_t i = 0; i < partial.size(); ++i) partial[i] = std::nanf("");
-    conv3d_grad_weight<T>(p.forward, channels, math, grad.device.data(), x.device.data(), partial.data(), written,
-                          nullptr);
+  check_result<T>("conv3d_grad_weight " + name, conv.grad_weight, tolerance<T>(math), [&](T* written) {
+    PartialSums partial(conv3d_grad_weight_partial_sums(p.forward, channels));
+    conv3d_grad_weight<T>(p.forward, channels, math, conv.grad.device.data(), conv.x.device.data(), partial.data(),
+                          written, nullptr);
   });
 }
 

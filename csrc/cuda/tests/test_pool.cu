@@ -15,17 +15,6 @@ using s3d::test::times;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// The window's tables as a kernel may read them.
-struct DeviceWindow {
-  explicit DeviceWindow(const Window& window)
-      : table_(window.table, window.written_rows * window.columns() * 4, "table"),
-        written_(window.written_voxels, window.written_rows * window.written_block.volume(), "written voxels"),
-        gathered_(window.gathered_voxels, window.gathered_rows * window.gathered_block.volume(), "gathered voxels") {}
-
- private:
-  emulator::RegisteredBuffer table_, written_, gathered_;
-};
-
 // The largest of each window and its tap, -1: a masked voxel's zero, or masked itself.
 struct Maxima {
   std::vector<double> value;
@@ -117,7 +106,7 @@ void check_pooling(const Problem& p, const Triple& volume, int channels, int div
     if (most.from[i] >= 0) maximum_grad.add(most.from[i], grad.read[i]);
   }
 
-  const DeviceWindow forward(p.forward), transposed(p.transposed);
+  const WindowBuffers forward(p.forward), transposed(p.transposed);
   const std::vector<int32_t>& index = p.target.layout.index;
   const emulator::RegisteredBuffer registered(index.data(), index.size() * 4, "index");
   const PoolOutputs place = {index.data(), volume};

@@ -165,6 +165,22 @@ class WindowGeometry:
     def target_shape(self) -> Triple:
         return tuple(-(-e // s) for e, s in zip(self.shape, self.stride, strict=True))  # type: ignore[return-value]
 
+    @property
+    def same_rows(self) -> bool:
+        """Whether input and output have the same blocks in the same rows."""
+        source, target = self.source_index, self.target_index
+        return source.shape == target.shape and source.data_ptr() == target.data_ptr()
+
+    def reverse_table(self) -> Tensor:
+        """[Vi, T] int32: rows of the output blocks around each input block, -1 where there are none."""
+        if self.same_rows:
+            return self.table  # a is left of b as b is right of a
+        rows = len(self.source_index)
+        reverse = self.table.new_full((rows + 1, self.table.shape[1]), -1)  # the last row takes pairs that do not exist
+        outputs = torch.arange(len(self.table), device=self.table.device, dtype=self.table.dtype)[:, None]
+        inputs = torch.where(self.table >= 0, self.table, rows).long().flip(1)
+        return reverse.scatter_(0, inputs, outputs.expand_as(self.table).flip(1))[:rows]
+
 
 class Backend(Protocol):
     """The raw kernels. `why_not` never raises and never logs; the other methods assume that it returned None."""

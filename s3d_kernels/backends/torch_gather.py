@@ -57,11 +57,11 @@ class TorchGatherBackend:
         high = [(b_in - 1 + p) // s - (b_out - 1) for b_in, b_out, _, s, p in sizes]
         windows = _gather_halo(
             _zero_masked(grad, geometry.target_voxels),
-            _reverse_table(geometry.table, len(geometry.source_index)),
+            geometry.reverse_table(),
             geometry.radius,
             low,
             high,
-            in_place=_same_rows(geometry),
+            in_place=geometry.same_rows,
         )
         # The transposed convolution gives voxels from low * s + p before the block on; crop what it can, then the rest.
         before = [lo * s + p for lo, (_, _, _, s, p) in zip(low, sizes, strict=True)]
@@ -325,13 +325,13 @@ def _gather_windows(x: Tensor, geometry: WindowGeometry) -> Tensor:
     """The input that the windows of each output block read: [Vo, (b_out - 1) * stride + kernel, ..., C_in]."""
     low, high = _halo(geometry)
     x = _zero_masked(x, geometry.source_voxels)
-    return _gather_halo(x, geometry.table, geometry.radius, low, high, in_place=_same_rows(geometry))
+    return _gather_halo(x, geometry.table, geometry.radius, low, high, in_place=geometry.same_rows)
 
 
 def _scatter_windows(windows: Tensor, geometry: WindowGeometry) -> Tensor:
     """The transpose of :func:`_gather_windows`: every input voxel gets the sum of its copies in the windows."""
     low, high = _halo(geometry)
-    if _same_rows(geometry) and not any(low) and not any(high):
+    if geometry.same_rows and not any(low) and not any(high):
         return windows
     x = windows.new_zeros(len(geometry.source_index), *geometry.source_block, windows.shape[-1])
     for piece in _pieces(geometry.source_block, geometry.radius, low, high):
@@ -340,21 +340,6 @@ def _scatter_windows(windows: Tensor, geometry: WindowGeometry) -> Tensor:
         # In one column a row occurs at most once (but for zeros), so the order of additions cannot matter.
         x[piece.block].index_add_(0, rows.clamp(min=0), values)
     return x
-
-
-def _same_rows(geometry: WindowGeometry) -> bool:
-    """Whether input and output have the same blocks in the same rows."""
-    source, target = geometry.source_index, geometry.target_index
-    return source.shape == target.shape and source.data_ptr() == target.data_ptr()
-
-
-def _reverse_table(table: Tensor, num_rows: int) -> Tensor:
-    """From rows of inputs around outputs [Vo, T] to rows of outputs around inputs [Vi, T]."""
-    columns = table.shape[1]
-    reverse = table.new_full((num_rows + 1, columns), -1)  # the last row takes the pairs that do not exist
-    outputs = torch.arange(len(table), device=table.device, dtype=table.dtype)[:, None].expand_as(table)
-    target = torch.where(table >= 0, table, num_rows).long().flip(1)
-    return reverse.scatter_(0, target, outputs.flip(1))[:num_rows]
 
 
 def _poolable(x: Tensor) -> Tensor:

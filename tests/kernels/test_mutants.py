@@ -20,7 +20,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "tap flipped": ("backends/torch_gather.py", "weight, bias, geometry.stride", "weight.flip(2), bias, geometry.stride"),
     "halo piece dropped": ("backends/torch_gather.py", "for z, y, x in itertools.product(*per_axis)", "for z, y, x in list(itertools.product(*per_axis))[1:]"),
     "masked neighbours read": ("backends/torch_gather.py", "place.masked_fill_((rows < 0)[:, None, None, None, None], 0)", "pass"),
-    "reverse table not mirrored": ("backends/torch_gather.py", "num_rows).long().flip(1)", "num_rows).long()"),
+    "reverse table not mirrored": ("backends/interface.py", "rows).long().flip(1)", "rows).long()"),
     "voxel mask of the input ignored": ("backends/torch_gather.py", "x = _zero_masked(x, geometry.source_voxels)", "pass"),
     "voxel mask of the gradient ignored": ("backends/torch_gather.py", "grad = _zero_masked(grad, geometry.target_voxels)\n        windows", "windows"),
     "unbiased variance": ("backends/torch_gather.py", "correction=0", "correction=1"),

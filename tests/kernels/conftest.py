@@ -8,6 +8,7 @@ import pytest
 
 from s3d_kernels import REGISTRY, backends
 from s3d_kernels.backends.native import NativeBackend
+from s3d_kernels.backends.triton_kernels import TritonBackend
 
 from . import emulated_cuda
 
@@ -17,6 +18,19 @@ def emulated(pytestconfig: pytest.Config) -> Iterator[NativeBackend]:
     """The CUDA kernels as one more backend, for CPU tensors."""
     assert pytestconfig.cache is not None
     backend = emulated_cuda.backend(emulated_cuda.build(pytestconfig.cache.mkdir("emulated_cuda")))
+    backends.register(backend, first=False)
+    yield backend
+    del REGISTRY[backend.name]
+    backends._chosen.clear()
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[TritonBackend]:
+    """The Triton kernels under Triton's interpreter, as one more backend for CPU tensors."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("Triton compiles for a GPU here: tests/kernels/test_gpu.py runs its kernels")
+    backend = TritonBackend("interpreted triton", ("cpu",))
     backends.register(backend, first=False)
     yield backend
     del REGISTRY[backend.name]

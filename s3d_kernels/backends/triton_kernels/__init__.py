@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ..interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
 
+# Convolutions of fewer channels a group take (tap, channel) pairs as the rows of their weight's matrix.
+FLAT_CHANNELS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,6 +57,28 @@ class TritonBackend:
 
         with on_device_of(x):
             return conv3d.forward(x.detach(), weight.detach(), bias, geometry, groups)
+
+    def fuses(self, problem: ConvProblem) -> bool:
+        # A tile of at least 32 voxels must lie in one block, so that it has one sample. Few channels a group, and one
+        # (depthwise), have kernels that fuse nothing.
+        few = problem.in_channels < FLAT_CHANNELS * problem.groups
+        return problem.stride == (1, 1, 1) and math.prod(problem.block) % 32 == 0 and not few
+
+    def conv3d_fused(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        affine: tuple[Tensor, Tensor, Tensor] | None,
+        slope: float,
+        geometry: WindowGeometry,
+        sample_offsets: Tensor,
+        groups: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from . import conv3d
+
+        with on_device_of(x):
+            return conv3d.fused(x.detach(), weight.detach(), bias, affine, slope, geometry, sample_offsets, groups)
 
     def conv3d_grad_input(self, grad: Tensor, weight: Tensor, geometry: WindowGeometry, groups: int) -> Tensor:
         from . import conv3d

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from . import FLAT_CHANNELS
 from .window import WindowShape
 
 # What the model takes a GPU to be: rough figures of an H100, of which only the ratios matter.
@@ -37,127 +38,153 @@ class ConvConfig:
         tile_n: columns of a tile: channels.
         tile_k: what is added up in a step: channels. For the gradient of a weight: voxels.
         warps: of a program.
-        stages: steps whose operands are under way at once.
-        programs: on a multiprocessor.
+        buffers: steps whose operands are in shared memory at once.
     """
 
     tile_m: int
     tile_n: int
     tile_k: int
     warps: int
-    stages: int
-    programs: int = 2
+    buffers: int
 
-    def shared_bytes(self, dtype: torch.dtype) -> int:
-        return self.stages * (self.tile_m + self.tile_n) * self.tile_k * dtype.itemsize
+    def operand_bytes(self, dtype: torch.dtype) -> int:
+        """Of a step."""
+        return (self.tile_m + self.tile_n) * self.tile_k * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class ConvClass:
-    """Convolutions that have one configuration. A tile's rows are voxels, its columns written channels."""
+    """Convolutions that have one configuration. A tile's rows are voxels, its columns written channels.
+
+    Attributes:
+        dtype: of the features.
+        exact: whether float32 is multiplied as it is.
+        k_channels: of a group, gathered.
+        n_channels: of a group, written.
+        groups: of channels.
+        shape: of the window.
+        fused: whether norms are computed on the way.
+    """
 
     dtype: torch.dtype
-    precision: str
-    k_channels: int  # of a group, gathered
-    n_channels: int  # of a group, written
+    exact: bool
+    k_channels: int
+    n_channels: int
     groups: int
     shape: WindowShape
     fused: bool = False
+    operator: str = "conv3d"
 
     @property
-    def units(self) -> int:
-        """Of a block."""
-        return math.prod(self.shape.UNITS)
+    def flat(self) -> bool:
+        """Whether (tap, channel) pairs are what is added up."""
+        return self.k_channels < FLAT_CHANNELS
 
     def skips(self, config: ConvConfig) -> bool:
-        """Whether there may be tiles with taps that have no pair."""
-        return self.units % config.tile_m != 0 or self.shape.GATHERED_PARTIAL or self.shape.WRITTEN_PARTIAL
+        """Whether there may be tiles with taps that have no pair, which are worth a branch."""
+        whole = math.prod(self.shape.UNITS) % config.tile_m == 0
+        return not (self.flat or whole) or self.shape.GATHERED_PARTIAL or self.shape.WRITTEN_PARTIAL
+
+    def stages(self, config: ConvConfig) -> int:
+        """Of Triton's pipeline. Where a step looks its rows up itself, every second one is for that."""
+        looks_up = self.flat or not (self.fused or self.skips(config))
+        return 2 * config.buffers - 1 if looks_up else config.buffers
 
     def space(self) -> list[ConvConfig]:
         """All configurations that are worth compiling."""
-        exact = self.precision == "ieee" and self.dtype == torch.float32
-        wide = power_of_two(self.n_channels, 16, 64 if exact else 128)
-        configs = [
-            ConvConfig(tile_m, tile_n, tile_k, warps, stages)
-            for tile_m, tile_n, tile_k, warps, stages in itertools.product(
-                (32, 64, 128), {16, 32, 64, 128}, (16, 32, 64), (4, 8), (2, 3, 4)
-            )
-            if tile_n <= wide
-            and tile_k <= power_of_two(self.k_channels, 32, 64)
-            and 16 <= tile_m * tile_n // (32 * warps) <= (32 if exact else 64)
-            and not (self.fused and self.units % tile_m)
-            and not (exact and tile_k > 16)
-            and (exact or tile_k > 16)
+        units = math.prod(self.shape.UNITS)
+        most_n = power_of_two(self.n_channels, 16, 64 if self.exact else 128)
+        most_k = 16 if self.exact else power_of_two(self.k_channels, 32, 64)
+        every = itertools.product((32, 64, 128), (16, 32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4))
+        return [
+            config
+            for config in (ConvConfig(*numbers) for numbers in every)
+            if config.tile_n <= most_n
+            and min(most_k, 32) <= config.tile_k <= most_k
+            # Small blocks mean few voxels.
+            and (units % config.tile_m == 0 or (config.tile_m <= 64 and not self.fused))
+            and self._registers_suffice(config)
+            and self.shared_bytes(config) <= MAX_SHARED_BYTES
         ]
-        return [config for config in configs if config.shared_bytes(self.dtype) <= MAX_SHARED_BYTES]
+
+    def _registers_suffice(self, config: ConvConfig) -> bool:
+        sums = config.tile_m * config.tile_n // (32 * config.warps)
+        rows = config.tile_m * config.tile_k * self.dtype.itemsize // (128 * config.warps)  # in registers, if fused
+        return 8 <= sums <= (32 if self.exact else 64) and rows <= (16 if self.fused else 64)
+
+    def shared_bytes(self, config: ConvConfig) -> int:
+        """At most, on any GPU."""
+        activated = config.tile_m * config.tile_k * self.dtype.itemsize + 4096 if self.fused else 1024
+        return config.buffers * config.operand_bytes(self.dtype) + activated
 
     def cost(self, config: ConvConfig) -> float:
-        """Seconds for a gathered row under one tap, by the model."""
-        rate = _EXACT_PRODUCTS_PER_S if self.precision == "ieee" else _PRODUCTS_PER_S[self.dtype]
+        """Seconds for a written voxel under one tap, by the model."""
         steps = math.ceil(self.k_channels / config.tile_k) * math.ceil(self.n_channels / config.tile_n)
-        products = 2 * config.tile_n * config.tile_k / rate
-        rows_and_weights = (1 + config.tile_n / config.tile_m) * config.tile_k * self.dtype.itemsize
-        # Deeper pipelines hide more, larger tiles leave fewer of them on a multiprocessor.
-        waiting = 1 + 0.1 / (config.stages - 1) + 0.02 * config.shared_bytes(self.dtype) / MAX_SHARED_BYTES
-        # A block that does not fill a tile has neighbours in it that need other taps.
-        filled = min(1.0, self.units / config.tile_m) if self.units % config.tile_m else 1.0
-        index = _OPERATIONS_PER_ROW / (config.warps / 4) ** 0.25 / _INTEGER_OPERATIONS_PER_S
-        return steps * (products + rows_and_weights / _L2_BYTES_PER_S + index) * waiting / filled**0.1
-
-    def key(self) -> str:
-        """As which a tuned configuration is stored."""
-        shape = " ".join(f"{name}={value}" for name, value in self.shape._asdict().items())
-        return (
-            f"triton conv3d {self.dtype} {self.precision} {self.k_channels} {self.n_channels} {self.groups} "
-            f"fused={self.fused} {shape}"
-        )
+        products = 2 * config.tile_n * config.tile_k
+        read = config.operand_bytes(self.dtype) / config.tile_m
+        return steps * _seconds(self.dtype, self.exact, products, read, config)
 
 
 @dataclass(frozen=True)
 class GradWeightClass:
-    """Gradients of weights that have one configuration. A tile's rows are input channels (FLAT: and taps)."""
+    """Gradients of weights that have one configuration. A tile's rows are input channels.
+
+    Attributes:
+        dtype: of the features.
+        exact: whether float32 is multiplied as it is.
+        k_channels: of a group, of the input; times the taps where there are few.
+        n_channels: of a group, of the output.
+        groups: of channels.
+        shape: of the window.
+    """
 
     dtype: torch.dtype
-    precision: str
-    k_channels: int  # of a group, of the input; with FLAT times the taps
-    n_channels: int  # of a group, of the output
+    exact: bool
+    k_channels: int
+    n_channels: int
     groups: int
     shape: WindowShape
+    operator: str = "conv3d_grad_weight"
+
+    def stages(self, config: ConvConfig) -> int:
+        """Of Triton's pipeline, of which every second one looks rows up."""
+        return 2 * config.buffers - 1
 
     def space(self) -> list[ConvConfig]:
         """All configurations that are worth compiling."""
-        exact = self.precision == "ieee" and self.dtype == torch.float32
-        most_m, most_n = (power_of_two(c, 16, 64 if exact else 128) for c in (self.k_channels, self.n_channels))
-        configs = [
-            ConvConfig(tile_m, tile_n, tile_k, warps, stages)
-            for tile_m, tile_n, tile_k, warps, stages in itertools.product(
-                (16, 32, 64, 128), (16, 32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)
-            )
-            if tile_m <= most_m
-            and tile_n <= most_n
-            and (tile_m * tile_n // (32 * warps) <= (32 if exact else 64))
-            and (tile_m * tile_n >= 512 * warps // 4 or (tile_m, tile_n, warps) == (most_m, most_n, 4))
-            and (tile_k == 16) == exact
+        most_m, most_n = (power_of_two(c, 16, 64 if self.exact else 128) for c in (self.k_channels, self.n_channels))
+        every = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4))
+        return [
+            config
+            for config in (ConvConfig(*numbers) for numbers in every)
+            if config.tile_m <= most_m
+            and config.tile_n <= most_n
+            and (config.tile_k == 16) == self.exact
+            and min(8, most_m * most_n // 128)
+            <= config.tile_m * config.tile_n // (32 * config.warps)
+            <= (32 if self.exact else 64)
+            and self.shared_bytes(config) <= MAX_SHARED_BYTES
         ]
-        return [config for config in configs if config.shared_bytes(self.dtype) <= MAX_SHARED_BYTES]
+
+    def shared_bytes(self, config: ConvConfig) -> int:
+        """At most, on any GPU."""
+        return config.buffers * config.operand_bytes(self.dtype) + 1024
 
     def cost(self, config: ConvConfig) -> float:
         """Seconds for an output voxel under one tap, by the model."""
-        rate = _EXACT_PRODUCTS_PER_S if self.precision == "ieee" else _PRODUCTS_PER_S[self.dtype]
         tiles = math.ceil(self.k_channels / config.tile_m) * math.ceil(self.n_channels / config.tile_n)
-        products = 2 * config.tile_m * config.tile_n / rate
-        read = (config.tile_m + config.tile_n) * self.dtype.itemsize / _L2_BYTES_PER_S
-        waiting = 1 + 0.1 / (config.stages - 1) + 0.02 * config.shared_bytes(self.dtype) / MAX_SHARED_BYTES
-        index = _OPERATIONS_PER_ROW / (config.warps / 4) ** 0.25 / _INTEGER_OPERATIONS_PER_S
-        return tiles * (products + read + index) * waiting * (1 + 4 / config.tile_k)
+        products = 2 * config.tile_m * config.tile_n
+        read = config.operand_bytes(self.dtype) / config.tile_k
+        return tiles * _seconds(self.dtype, self.exact, products, read, config)
 
-    def key(self) -> str:
-        """As which a tuned configuration is stored."""
-        shape = " ".join(f"{name}={value}" for name, value in self.shape._asdict().items())
-        return (
-            f"triton conv3d_grad_weight {self.dtype} {self.precision} {self.k_channels} {self.n_channels} "
-            f"{self.groups} {shape}"
-        )
+
+def _seconds(dtype: torch.dtype, exact: bool, products: float, read_bytes: float, config: ConvConfig) -> float:
+    """For a row of a step. Products, reading and index arithmetic share a multiprocessor, so they are added."""
+    rate = _EXACT_PRODUCTS_PER_S if exact else _PRODUCTS_PER_S[dtype]
+    index = _OPERATIONS_PER_ROW / _INTEGER_OPERATIONS_PER_S
+    # A deeper pipeline waits less, a short step more.
+    waiting = 1 + 0.2 / config.buffers + 4 / (config.tile_k * config.warps)
+    return (products / rate + read_bytes / _L2_BYTES_PER_S + index) * waiting
 
 
 Class = ConvClass | GradWeightClass

@@ -51,8 +51,8 @@ from .window import (
     written_voxel,
 )
 
-# Below so many channels a group, (tap, channel) pairs are the rows of the weight's matrix.
-FLAT_CHANNELS = 16
+# At once on a multiprocessor.
+_PROGRAMS = 2
 
 
 @triton.jit
@@ -193,13 +193,10 @@ def conv3d_kernel(
 
         channel = group * n_channels + n
         inside = n < n_channels
-        to = offset_of(voxel, groups * n_channels, WIDE)[:, None] + channel[None, :]
+        # There are splits only where there are few voxels.
+        to = offset_of(split * voxels + voxel, groups * n_channels, WIDE)[:, None] + channel[None, :]
         stored = exists[:, None] & inside[None, :]
         if SPLIT:
-            if WIDE:
-                to += split.to(tl.int64) * voxels * groups * n_channels
-            else:
-                to += split * voxels * groups * n_channels
             tl.store(written + to, sums, mask=stored)
         else:
             if HAS_BIAS:
@@ -210,7 +207,7 @@ def conv3d_kernel(
             count = tl.sum(visible.to(tl.float32), 0)
             center = tl.sum(sums, 0) / tl.maximum(count, 1.0)  # [TILE_N]
             deviation = tl.where(visible[:, None], sums - center[None, :], 0.0)
-            part = tile_m.to(tl.int64) * groups * n_channels + channel
+            part = tile_m * groups * n_channels + channel
             tl.store(part_means + part, center, mask=inside)
             tl.store(part_squares + part, tl.sum(deviation * deviation, 0), mask=inside)
             if column == 0:
@@ -271,11 +268,10 @@ def add_parts_kernel(
         inside = exists[:, None] & (channel < channels)[None, :]
         at = offset_of(row, channels, WIDE)[:, None] + channel[None, :]
         sums = tl.zeros((ROWS, CHANNELS), tl.float32)
-        for split in tl.range(0, splits):
-            if WIDE:
-                sums += tl.load(parts + at + split.to(tl.int64) * voxels * channels, mask=inside, other=0.0)
-            else:
-                sums += tl.load(parts + at + split * voxels * channels, mask=inside, other=0.0)
+        part = at
+        for _ in tl.range(0, splits):
+            sums += tl.load(parts + part, mask=inside, other=0.0)
+            part += voxels * channels
         if HAS_BIAS:
             sums += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
         sums = tl.where(visible[:, None], sums, 0.0)
@@ -342,7 +338,8 @@ def _run(
     """Launch the kernel. Returns: (count, mean, M2) of each tile where a convolution is fused."""
     gathered = gathered.contiguous()
     groups, taps, k_channels, n_channels = packed.shape
-    kind = ConvClass(written.dtype, precision(written.dtype), k_channels, n_channels, groups, window.shape, fused=fuse)
+    exact = precision(written.dtype) == "ieee"
+    kind = ConvClass(written.dtype, exact, k_channels, n_channels, groups, window.shape, fused=fuse)
     voxels = written.shape[:4].numel()
     like = packed if affine is None else affine[0]
     parts = (like.new_empty(0), like.new_empty(0), like.new_empty(0))
@@ -366,7 +363,7 @@ def _run(
             counts = written.new_empty(tiles_m, dtype=torch.float32)
             means, squares = (written.new_empty(tiles_m, groups * n_channels, dtype=torch.float32) for _ in range(2))
         tables = (written,) * 3 if affine is None else tuple(t.contiguous() for t in affine)
-        programs = min(tiles * splits, multiprocessors_ * config.programs)
+        programs = min(tiles * splits, multiprocessors_ * _PROGRAMS)
         wide = is_wide(gathered, split_sums)
         has_bias = bias is not None
         conv3d_kernel[(programs,)](
@@ -394,15 +391,15 @@ def _run(
             TILE_M=config.tile_m,
             TILE_N=config.tile_n,
             TILE_K=config.tile_k,
-            STAGES=config.stages,
-            FLAT=k_channels if k_channels < FLAT_CHANNELS else 0,
+            STAGES=kind.stages(config),
+            FLAT=k_channels if kind.flat else 0,
             SKIP=kind.skips(config),
             HAS_BIAS=has_bias and splits == 1,
             AFFINE=affine is not None,
             MOMENTS=fuse,
             SPLIT=splits > 1,
             WIDE=wide,
-            PRECISION=kind.precision,
+            PRECISION=precision(written.dtype),
             num_warps=config.warps,
         )
         if splits > 1:

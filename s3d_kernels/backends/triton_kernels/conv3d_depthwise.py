@@ -25,7 +25,8 @@ from .configs import power_of_two
 from .product import is_wide, multiprocessors, offset_of
 from .window import Window, class_of, place_of, source_of, tap_along, taps_along, written_voxel
 
-TILE_M = 32
+# Numbers of a tile.
+_TILE = 4096
 
 
 def applies(weight: Tensor, groups: int) -> bool:
@@ -131,7 +132,8 @@ def run(window: Window, gathered: Tensor, weight: Tensor, bias: Tensor | None, w
         return
     channels = len(weight)
     tile_c = power_of_two(channels, 16, 128)
-    tiles_m = triton.cdiv(window.units, TILE_M) * window.classes
+    tile_m = _TILE // tile_c
+    tiles_m = triton.cdiv(window.units, tile_m) * window.classes
     conv3d_depthwise_kernel[(tiles_m * triton.cdiv(channels, tile_c),)](
         gathered.contiguous(),
         weight.reshape(channels, -1).t().contiguous(),
@@ -143,7 +145,7 @@ def run(window: Window, gathered: Tensor, weight: Tensor, bias: Tensor | None, w
         window.units,
         channels,
         SHAPE=window.shape,
-        TILE_M=TILE_M,
+        TILE_M=tile_m,
         TILE_C=tile_c,
         HAS_BIAS=bias is not None,
         WIDE=is_wide(gathered, written),
@@ -154,8 +156,9 @@ def grad_weight(window: Window, grad: Tensor, x: Tensor) -> Tensor:
     """[C, 1, kd, kh, kw] float32, of a forward window."""
     channels, taps = x.shape[-1], math.prod(window.shape.KERNEL)
     tile_c = power_of_two(channels, 16, 128)
+    tile_m = _TILE // tile_c
     tiles = taps * triton.cdiv(channels, tile_c)
-    splits = max(1, min(triton.cdiv(window.units, TILE_M), 8 * multiprocessors(x.device) // tiles))
+    splits = max(1, min(triton.cdiv(window.units, tile_m), 8 * multiprocessors(x.device) // tiles))
     parts = x.new_empty(splits, taps, channels, dtype=torch.float32)
     conv3d_depthwise_grad_weight_kernel[(splits * tiles,)](
         x.contiguous(),
@@ -168,7 +171,7 @@ def grad_weight(window: Window, grad: Tensor, x: Tensor) -> Tensor:
         channels,
         splits,
         SHAPE=window.shape,
-        TILE_M=TILE_M,
+        TILE_M=tile_m,
         TILE_C=tile_c,
         WIDE=is_wide(x, grad),
     )

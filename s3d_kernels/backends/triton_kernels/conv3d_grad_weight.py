@@ -24,9 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..interface import WindowGeometry
-from . import conv3d_depthwise
+from . import FLAT_CHANNELS, conv3d_depthwise
 from .configs import ConvConfig, GradWeightClass, choose, power_of_two
-from .conv3d import FLAT_CHANNELS
 from .product import is_wide, multiply, multiprocessors, offset_of, precision
 from .window import Window, forward_window, place_of, source_of
 
@@ -172,7 +171,8 @@ def _products(window: Window, grad: Tensor, x: Tensor, k_channels: int, n_channe
     taps = math.prod(window.shape.KERNEL)
     flat = k_channels < FLAT_CHANNELS
     rows, matrices = (k_channels * taps, 1) if flat else (k_channels, taps)
-    kind = GradWeightClass(x.dtype, precision(x.dtype), rows, n_channels, groups, window.shape)
+    exact = precision(x.dtype) == "ieee"
+    kind = GradWeightClass(x.dtype, exact, rows, n_channels, groups, window.shape)
 
     def launch(config: ConvConfig) -> Tensor:
         tiles = matrices * groups * triton.cdiv(rows, config.tile_m) * triton.cdiv(n_channels, config.tile_n)
@@ -194,10 +194,10 @@ def _products(window: Window, grad: Tensor, x: Tensor, k_channels: int, n_channe
             TILE_M=config.tile_m,
             TILE_N=config.tile_n,
             TILE_K=config.tile_k,
-            STAGES=config.stages,
+            STAGES=kind.stages(config),
             FLAT=k_channels if flat else 0,
             WIDE=is_wide(x, grad),
-            PRECISION=kind.precision,
+            PRECISION=precision(x.dtype),
             num_warps=config.warps,
         )
         return parts.sum(0).permute(0, 3, 2, 1)

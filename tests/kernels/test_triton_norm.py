@@ -164,6 +164,15 @@ def test_relu_of_infinity_is_zero_and_of_nan_nan(interpreted: TritonBackend) -> 
         assert_agree(before, expected_before)
 
 
+def test_samples_without_voxels_sum_to_zero(interpreted: TritonBackend) -> None:
+    geometry = geometry_of("empty sample")
+    x, mean = features(geometry, 3, 0), torch.zeros(geometry.batch, 3)
+    empty = geometry.sample_offsets.diff() == 0
+    rstd = torch.where(empty[:, None], float("inf"), 1.0).expand(-1, 3)
+    for sums in (*interpreted.norm_statistics(x, geometry), *interpreted.norm_grad_sums(x, x, mean, rstd, geometry)):
+        assert torch.equal((sums == 0).all(1), empty)
+
+
 @pytest.mark.parametrize("parts_per_block", [1, 300])
 def test_merging_of_moments(parts_per_block: int, interpreted: TritonBackend) -> None:
     """On one level and on two; a sample without blocks, parts that count nothing, a sample of only such parts."""

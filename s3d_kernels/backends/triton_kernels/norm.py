@@ -176,7 +176,6 @@ def grad_sums_kernel(
 ):
     part, sample, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS, WIDE)
     centre = line_of(mean, sample, channel, channels)
-    deviation = line_of(rstd, sample, channel, channels)
     if before is not None and y is None:
         factor = line_of(scale, sample, channel, channels)
         term = line_of(shift, sample, channel, channels)
@@ -197,10 +196,13 @@ def grad_sums_kernel(
             at = addresses(before, rows, channel, channels, WIDE)
             tl.store(at, gradient, mask=(rows < last)[:, None] & exists)
         of_grad += gradient
-        of_product += tl.where(here, gradient * (centred * deviation), 0.0)
+        of_product += tl.where(here, gradient * centred, 0.0)
     to = sums + part * channels + channel
     tl.store(to, tl.sum(of_grad, 0), mask=channel < channels)
-    tl.store(to + all_parts * channels, tl.sum(of_product, 0), mask=channel < channels)
+    # Only here, to save registers. Where nothing was added it may be infinite.
+    product = tl.sum(of_product, 0)
+    deviation = tl.load(rstd + sample * channels + channel, mask=(channel < channels) & (product != 0), other=0.0)
+    tl.store(to + all_parts * channels, product * deviation, mask=channel < channels)
 
 
 @triton.jit

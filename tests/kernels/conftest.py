@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from s3d_kernels import REGISTRY, backends
+from s3d_kernels.backends.measurements import drop_dependents
 from s3d_kernels.backends.native import NativeBackend
 
 from . import emulated_cuda
@@ -20,4 +21,4 @@ def emulated(pytestconfig: pytest.Config) -> Iterator[NativeBackend]:
     backends.register(backend, first=False)
     yield backend
     del REGISTRY[backend.name]
-    backends._chosen.clear()
+    drop_dependents()

@@ -7,6 +7,7 @@ import torch
 
 import s3d_kernels as sk
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, use_backend
+from s3d_kernels.backends.measurements import drop_dependents
 from s3d_kernels.backends.torch_gather import TorchGatherBackend
 from s3d_kernels.selfcheck import CASES, selfcheck
 
@@ -39,8 +40,7 @@ def spy() -> Iterator[Spy]:
     yield backend
     REGISTRY.clear()
     REGISTRY.update(before)
-    backends._chosen.clear()
-    backends._said.clear()
+    drop_dependents()
 
 
 def sparse(channels: int = 4) -> BlockSparseTensor:

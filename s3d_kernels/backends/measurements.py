@@ -8,6 +8,8 @@ module knows neither backends nor operators, so that a backend can keep its own 
     if value is None and is_tuning():
         value = min(configurations, key=lambda c: time_call(lambda: launch(c), x.device))
         store().put(key, value, "cuda")
+
+To look a value up takes some microseconds, so keep it in a cache of :func:`dropped_with_measurements`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import os
 import platform
 import re
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -127,19 +128,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _write(path: Path, text: str) -> None:
     """All or nothing, also for those who read meanwhile."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    temporary = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def machine(device: str) -> str:
     """What measurements on a type of device hold for: the device with its settings, and the versions."""
-    if device == "cuda":
+    if device == "cuda" and torch.cuda.is_available():
         precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
         name = f"{torch.cuda.get_device_name()}, {'TF32' if precision == 'tf32' else 'no TF32'}"
     else:
@@ -251,13 +250,12 @@ def tuning(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
         yield
     finally:
         _tuning = before
-        drop_dependents()
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> float:
     """Median milliseconds of a call that computes on a device, after one that is not timed.
 
-    Short calls are timed several at once; a call of more than a second is timed once.
+    Short calls are timed several at once, in seven batches; calls that take long, fewer times within about a second.
     """
 
     def batch(calls: int) -> float:

@@ -143,7 +143,7 @@ def _choose(problem: Problem, method: str) -> Backend:
     _chosen[method, problem] = backend
     if backend.name in times:
         listed = ", ".join(f"{name} {time:.3g} ms" for name, time in times.items())
-        _log.info("%s computes %s of %s: %s", backend.name, method, problem, listed)
+        _log.info("%s computes %s of %s by measurement: %s", backend.name, method, problem, listed)
     for passed, reason in reasons.items():
         if (passed, reason) not in _said:  # once a process, so that nobody takes the slow way unknowingly
             _said.add((passed, reason))
@@ -196,9 +196,12 @@ def fusing(name: str, problem: ConvProblem) -> FusingBackend | None:
     key = (name, problem)
     if key not in _fusing:  # to look at a protocol takes longer than anything else here
         method = Backend.conv3d.__name__
-        if name == "auto" and _to_measure(problem, method):
+        if name != "auto":
+            backend = _named(name, problem)
+        elif _to_measure(problem, method):
             return None  # the convolution by itself is what is measured
-        backend = _choose(problem, method) if name == "auto" else _named(name, problem)
+        else:
+            backend = _chosen.get((method, problem)) or _choose(problem, method)
         _fusing[key] = backend if isinstance(backend, FusingBackend) and backend.fuses(problem) else None
     return _fusing[key]
 

@@ -14,13 +14,20 @@ from contenders import CONTENDERS
 from report import write_report
 from settings import Settings
 
+from s3d_kernels import explain
+from s3d_kernels.backends import BlocksProblem
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("s3d benchmarks")
     group.addoption("--benchmark", action="store_true", help="measure (without it: run once, tiny)")
     group.addoption("--patch-size", type=int, default=96, help="voxels along each axis; 160 as published")
     group.addoption("--mask-ratios", default="0,0.6,0.75,0.9", help="comma-separated")
-    group.addoption("--contenders", default="", help=f"comma-separated, of {', '.join(CONTENDERS)}; default: all")
+    group.addoption(
+        "--contenders",
+        default="",
+        help=f"comma-separated, of {', '.join(CONTENDERS)}; default: all that can compute here",
+    )
     group.addoption("--rounds", type=int, default=3, help="timed rounds of each case")
     group.addoption("--results", default="", help="folder; default: bench/results/<machine>")
 
@@ -28,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
     option = request.config.getoption
-    names = tuple(option("--contenders").split(",")) if option("--contenders") else tuple(CONTENDERS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = explain(BlocksProblem(device, torch.float32, 1, (4, 4, 4), partial=False))
+    able = tuple(name for name in CONTENDERS if reasons.get(name) is None)
+    names = tuple(option("--contenders").split(",")) if option("--contenders") else able
     unknown = set(names) - set(CONTENDERS)
     if unknown:
         raise pytest.UsageError(f"--contenders must be of {', '.join(CONTENDERS)}, got {', '.join(sorted(unknown))}")

@@ -1,7 +1,7 @@
 """3D convolution, normalisation and pooling over visible voxels only, as drop-in torch modules."""
 
 from ._version import __version__
-from .backends import REGISTRY, computes_natively, explain, use_backend
+from .backends import REGISTRY, computes_natively, explain, load_measurements, tuning, use_backend
 from .block_mask import BlockMask
 from .block_sparse import BlockSparseTensor
 from .convert import to_sparse
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "computes_natively",
     "explain",
+    "load_measurements",
     "sparse_batch_norm",
     "sparse_conv3d",
     "sparse_conv_transpose3d",
@@ -44,5 +45,6 @@ __all__ = [
     "sparse_instance_norm",
     "sparse_pool3d",
     "to_sparse",
+    "tuning",
     "use_backend",
 ]

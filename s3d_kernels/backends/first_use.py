@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from .interface import Backend, BlockGeometry, FusingBackend, Triple, WindowGeometry
+from .interface import Backend, BlockGeometry, FusingBackend, Problem, Triple, WindowGeometry
 from .reference import ReferenceBackend
 
 # Relative l2 error; float32 may be rounded to TF32.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 CHANNELS = 40  # no multiple of any tile
+
+
+class FirstUseChecks:
+    """The checks of one backend: each runs once in a process, and what it found stays.
+
+    Args:
+        backend: whose kernels are compared with `reference`.
+        label: how warnings call its kernels, before the device: "native".
+    """
+
+    def __init__(self, backend: Backend, label: str) -> None:
+        self._backend = backend
+        self._label = label
+        self._found: dict[tuple[str, int, torch.dtype], str | None] = {}
+
+    def reason(self, problem: Problem) -> str | None:
+        """Why the kernels of a problem must not be used, or None; for the backend's `why_not`.
+
+        Checks once for each operator, current GPU and dtype, and warns of kernels that fail.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for the check, which is not the kernels' fault.
+        """
+        on_gpu = problem.device == "cuda"
+        key = (problem.operator, torch.cuda.current_device() if on_gpu else -1, problem.dtype)
+        if key in self._found:
+            return self._found[key]
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return None  # the check waits for its results, which a capture forbids
+        reason: str | None
+        try:
+            wrong = disagreement(self._backend, problem.operator, problem.dtype, torch.device(problem.device))
+            reason = None if wrong is None else f"it gave wrong results on this machine: {wrong}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a driver that is too old, no code for this GPU, or a compiler that gives up
+            wrong = reason = f"it cannot run on this machine: {str(error).splitlines()[0]}"
+        self._found[key] = reason
+        if wrong is not None:
+            warnings.warn(
+                f"{self._label} {problem.device} kernels are disabled for {problem.operator}: {wrong}. Please report "
+                "this, with what `python -m s3d_kernels.selfcheck` prints",
+                stacklevel=3,
+            )
+        return reason
 
 
 def disagreement(backend: Backend, operator: str, dtype: torch.dtype, device: torch.device) -> str | None:

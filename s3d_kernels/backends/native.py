@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .first_use import disagreement
+from .first_use import FirstUseChecks
 from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
 from .native_library import PACKAGE, NativeLibrary
 
@@ -119,7 +119,7 @@ class NativeBackend:
     def __init__(self, name: str = "native", libraries: Mapping[str, NativeLibrary] | None = None) -> None:
         self.name = name
         self._libraries = libraries or {"cpu": CPU, "cuda": CUDA}
-        self._wrong: dict[tuple[str, int, torch.dtype], str | None] = {}  # what the checks of first uses found
+        self._first_uses = FirstUseChecks(self, "native")
 
     def why_not(self, problem: Problem) -> str | None:
         library = self._libraries.get(problem.device)
@@ -132,33 +132,8 @@ class NativeBackend:
             return "it needs at least one channel"
         reason = library.why_not()
         if reason is None and library.check_first_use:
-            return self._wrong_at_first_use(problem)
+            return self._first_uses.reason(problem)
         return reason
-
-    def _wrong_at_first_use(self, problem: Problem) -> str | None:
-        """What the check says about the kernels of a problem; it runs once for each operator, current GPU and dtype."""
-        on_gpu = problem.device == "cuda"
-        key = (problem.operator, torch.cuda.current_device() if on_gpu else -1, problem.dtype)
-        if key in self._wrong:
-            return self._wrong[key]
-        if on_gpu and torch.cuda.is_current_stream_capturing():
-            return None  # the check waits for its results, which a capture forbids
-        reason: str | None
-        try:
-            wrong = disagreement(self, problem.operator, problem.dtype, torch.device(problem.device))
-            reason = None if wrong is None else f"it gave wrong results on this machine: {wrong}"
-        except torch.OutOfMemoryError:  # not the kernels' fault
-            raise
-        except RuntimeError as error:  # a driver that is too old, or no code for this GPU
-            wrong = reason = f"it cannot run on this machine: {str(error).splitlines()[0]}"
-        self._wrong[key] = reason
-        if wrong is not None:
-            warnings.warn(
-                f"native {problem.device} kernels are disabled for {problem.operator}: {wrong}. Please report this, "
-                "with what `python -m s3d_kernels.selfcheck` prints",
-                stacklevel=2,
-            )
-        return self._wrong[key]
 
     def _call(self, name: str, x: Tensor, *arguments: Any) -> None:
         """Call a function of the library for the device of x, its first argument."""

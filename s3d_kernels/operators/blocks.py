@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..backends import BlockGeometry, BlocksProblem, choose
+from ..backends import Backend, BlockGeometry, BlocksProblem, call
 
 
 def _problem(x: Tensor, channels: int, geometry: BlockGeometry) -> BlocksProblem:
@@ -23,7 +23,7 @@ def gather_blocks(
 ) -> Tensor:
     """Visible blocks of a dense volume, zeros at masked voxels. Returns: [V, bd, bh, bw, C]."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    return choose(backend, _problem(dense, dense.shape[1], geometry)).gather_blocks(dense, geometry)
+    return call(backend, _problem(dense, dense.shape[1], geometry), Backend.gather_blocks, dense, geometry)
 
 
 @gather_blocks.register_fake
@@ -44,7 +44,8 @@ def scatter_blocks(
 ) -> Tensor:
     """Dense volume with `fill` at masked voxels, in channels-last memory. Returns: [N, C, D, H, W]."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    return choose(backend, _problem(blocks, blocks.shape[-1], geometry)).scatter_blocks(blocks, fill, geometry)
+    problem = _problem(blocks, blocks.shape[-1], geometry)
+    return call(backend, problem, Backend.scatter_blocks, blocks, fill, geometry)
 
 
 @scatter_blocks.register_fake

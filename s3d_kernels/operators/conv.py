@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, WindowGeometry, choose, fusing
+from ..backends import Backend, ConvProblem, WindowGeometry, call, fusing
 
 # torch reads the schema of a custom operator from these annotations: it wants Optional and list, not unions, tuples.
 # Behind their operands all window operators take the tensors of a WindowGeometry, its sizes and the backend's name.
@@ -50,7 +50,8 @@ def conv3d(
 ) -> Tensor:
     """Convolution. Returns: [Vo, *target_block, C_out]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
-    return choose(backend, conv_problem(weight, groups, geometry, x)).conv3d(x, weight, bias, geometry, groups)
+    problem = conv_problem(weight, groups, geometry, x)
+    return call(backend, problem, Backend.conv3d, x, weight, bias, geometry, groups)
 
 
 @conv3d.register_fake
@@ -122,8 +123,8 @@ def conv3d_grad_input(
 ) -> Tensor:
     """Gradient of the convolution with respect to its input. Returns: [Vi, *source_block, C_in]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
-    kernel = choose(backend, conv_problem(weight, groups, geometry, grad))
-    return kernel.conv3d_grad_input(grad.contiguous(), weight, geometry, groups)
+    problem = conv_problem(weight, groups, geometry, grad)
+    return call(backend, problem, Backend.conv3d_grad_input, grad.contiguous(), weight, geometry, groups)
 
 
 @conv3d_grad_input.register_fake
@@ -148,8 +149,8 @@ def conv3d_grad_weight(
     """Gradients with respect to weight and bias. Returns: [C_out, C_in / groups, kd, kh, kw], [C_out]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
     weight = grad.new_empty(grad.shape[-1], x.shape[-1] // groups, 0)
-    kernel = choose(backend, conv_problem(weight, groups, geometry, grad))
-    return kernel.conv3d_grad_weight(grad.contiguous(), x.contiguous(), geometry, groups)
+    problem = conv_problem(weight, groups, geometry, grad)
+    return call(backend, problem, Backend.conv3d_grad_weight, grad.contiguous(), x.contiguous(), geometry, groups)
 
 
 @conv3d_grad_weight.register_fake

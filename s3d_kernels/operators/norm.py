@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..backends import BlockGeometry, NormProblem, choose
+from ..backends import Backend, BlockGeometry, NormProblem, call
 
 
 def _problem(x: Tensor, geometry: BlockGeometry) -> NormProblem:
@@ -33,7 +33,7 @@ def norm_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean over visible voxels, and sum of squared deviations from it. Returns: [N, C] each, float32 or float64."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    return choose(backend, _problem(x, geometry)).norm_statistics(x, geometry)
+    return call(backend, _problem(x, geometry), Backend.norm_statistics, x, geometry)
 
 
 @norm_statistics.register_fake
@@ -58,7 +58,8 @@ def norm_apply(
 ) -> Tensor:
     """leaky_relu((x - mean) * scale + shift + residual): what `normalize` gave, again. Returns: [V, bd, bh, bw, C]."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, residual, slope, geometry)
+    tables = (mean, scale, shift)
+    return call(backend, _problem(x, geometry), Backend.norm_apply, x, *tables, residual, slope, geometry)
 
 
 @norm_apply.register_fake
@@ -88,11 +89,12 @@ def norm_grad_sums(
     [V, bd, bh, bw, C] (empty if slope is 1: then the first is grad itself), [N, C], [N, C].
     """
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    kernel = choose(backend, _problem(x, geometry))
+    problem = _problem(x, geometry)
     grad = grad.contiguous()
     if slope == 1.0:
-        return grad.new_empty(0), *kernel.norm_grad_sums(grad, x, mean, rstd, geometry)
-    return kernel.norm_grad_activation(grad, x, y, mean, rstd, scale, shift, slope, geometry)
+        return grad.new_empty(0), *call(backend, problem, Backend.norm_grad_sums, grad, x, mean, rstd, geometry)
+    tables = (mean, rstd, scale, shift)
+    return call(backend, problem, Backend.norm_grad_activation, grad, x, y, *tables, slope, geometry)
 
 
 @norm_grad_sums.register_fake
@@ -118,8 +120,8 @@ def norm_grad_input(
 ) -> Tensor:
     """scale * grad - offset - slope * (x - mean) * rstd. Returns: [V, bd, bh, bw, C], dtype of x."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    kernel = choose(backend, _problem(x, geometry))
-    return kernel.norm_grad_input(grad.contiguous(), x, mean, rstd, scale, offset, slope, geometry)
+    tables = (mean, rstd, scale, offset, slope)
+    return call(backend, _problem(x, geometry), Backend.norm_grad_input, grad.contiguous(), x, *tables, geometry)
 
 
 @norm_grad_input.register_fake
@@ -154,7 +156,8 @@ def normalize(
     """
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
     scale, shift = affine_tables(weight, bias, mean, rstd)
-    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, residual, slope, geometry)
+    tables = (mean, scale, shift)
+    return call(backend, _problem(x, geometry), Backend.norm_apply, x, *tables, residual, slope, geometry)
 
 
 @normalize.register_fake
@@ -215,7 +218,8 @@ def compute_deferred(
 ) -> Tensor:
     """The values of which `deferred` is the place; their gradient goes there. Returns: [V, bd, bh, bw, C]."""
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    return choose(backend, _problem(x, geometry)).norm_apply(x, mean, scale, shift, None, slope, geometry)
+    tables = (mean, scale, shift)
+    return call(backend, _problem(x, geometry), Backend.norm_apply, x, *tables, None, slope, geometry)
 
 
 @compute_deferred.register_fake

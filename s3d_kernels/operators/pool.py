@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..backends import PoolProblem, WindowGeometry, choose
+from ..backends import Backend, PoolProblem, WindowGeometry, call
 from .conv import load_operands, save_operands
 
 
@@ -38,7 +38,8 @@ def pool3d(
 ) -> Tensor:
     """Pooling of a kind ("avg", "max"). Returns: [Vo, *target_block, C]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
-    return choose(backend, _problem(x, kind, geometry)).pool3d(x, geometry, kind, divisor)  # type: ignore[arg-type]
+    problem = _problem(x, kind, geometry)
+    return call(backend, problem, Backend.pool3d, x, geometry, problem.kind, divisor)
 
 
 @pool3d.register_fake
@@ -63,8 +64,8 @@ def pool3d_grad(
 ) -> Tensor:
     """Gradient of pooling with respect to its input. Returns: [Vi, *source_block, C]."""
     geometry = WindowGeometry.from_operator(source_index, source_voxels, target_index, target_voxels, table, sizes)
-    kernel = choose(backend, _problem(grad, kind, geometry))
-    return kernel.pool3d_grad(grad.contiguous(), x, geometry, kind, divisor)  # type: ignore[arg-type]
+    problem = _problem(grad, kind, geometry)
+    return call(backend, problem, Backend.pool3d_grad, grad.contiguous(), x, geometry, problem.kind, divisor)
 
 
 @pool3d_grad.register_fake

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from s3d_kernels import REGISTRY, backends
+from s3d_kernels.backends.measurements import drop_dependents
 from s3d_kernels.backends.native import NativeBackend
 from s3d_kernels.backends.triton_kernels import TritonBackend
 
@@ -21,7 +22,7 @@ def emulated(pytestconfig: pytest.Config) -> Iterator[NativeBackend]:
     backends.register(backend, first=False)
     yield backend
     del REGISTRY[backend.name]
-    backends._chosen.clear()
+    drop_dependents()
 
 
 @pytest.fixture(scope="module")
@@ -34,4 +35,4 @@ def interpreted() -> Iterator[TritonBackend]:
     backends.register(backend, first=False)
     yield backend
     del REGISTRY[backend.name]
-    backends._chosen.clear()
+    drop_dependents()

@@ -117,7 +117,7 @@ def test_offsets_of_64_bits(interpreted: TritonBackend, monkeypatch: pytest.Monk
 def test_other_tiles_give_the_same(tile_m: int, interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ConvConfig(tile_m, 16, 32, 4, 2)
     for module in (conv3d, conv3d_grad_weight):
-        monkeypatch.setattr(module, "choose", lambda kind, launch: config)
+        monkeypatch.setattr(module, "choose", lambda *arguments: config)
     for name in ("side 8", "side 2"):
         check(interpreted, conv_case((40, 36), *WINDOWS["3x3x3"], bias=False), MASKS[name](), torch.float32, name)
 

@@ -5,15 +5,14 @@ Volumes are small, for the interpreter takes as long for a tile of one number as
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
 from torch import Tensor
 
-from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, functional, use_backend
+from s3d_kernels import BlockMask, BlockSparseTensor, functional, use_backend
 from s3d_kernels.backends.interface import BlockGeometry, WindowGeometry
 from s3d_kernels.backends.reference import ReferenceBackend
 from s3d_kernels.backends.triton_kernels import TritonBackend
@@ -39,18 +38,6 @@ MASKS: dict[str, Callable[[], BlockMask]] = {
 NORMS = [case for case in CASES if "norm" in case.name and not case.name.startswith("conv")]
 POOLS = [case for case in CASES if case.name.startswith(("average", "maximum"))]
 SLOW = "average 3 without padding"  # in both directions 27 taps, and the count of each
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[TritonBackend]:
-    """The Triton kernels as one more backend, for CPU tensors."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton compiles its kernels here")
-    backend = TritonBackend("interpreted triton", devices=("cpu",))
-    backends.register(backend, first=False)
-    yield backend
-    del REGISTRY[backend.name]
-    backends._chosen.clear()
 
 
 def check(backend: TritonBackend, case: Case, name: str, dtype: torch.dtype) -> None:

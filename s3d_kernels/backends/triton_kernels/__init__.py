@@ -11,6 +11,7 @@ a while to import and is not everywhere.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from ..first_use import FirstUseChecks
 from ..interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
 
 # Convolutions of fewer channels a group take (tap, channel) pairs as the rows of their weight's matrix.
@@ -31,12 +33,30 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+@functools.cache
+def _missing() -> str | None:
+    """What there must be and is not."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available():
+        return None  # then tensors are on the CPU, where the interpreter computes
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set, so that kernels run in Python on the CPU"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < (8, 0):
+        return f"its kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
 class TritonBackend:
     """The Triton kernels, for tensors of some devices: others than "cuda" only under Triton's interpreter."""
 
     def __init__(self, name: str = "triton", devices: Sequence[str] = ("cuda",)) -> None:
         self.name = name
         self._devices = devices
+        self._checks = FirstUseChecks(self, "triton")
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.device not in self._devices:
@@ -46,9 +66,7 @@ class TritonBackend:
             return f"it computes {', '.join(others)} and {last}, not {problem.dtype}"
         if isinstance(problem, ConvProblem) and min(problem.in_channels, problem.out_channels) < 1:
             return "it needs at least one channel"
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        return None
+        return _missing() or (self._checks.reason(problem) if problem.device == "cuda" else None)
 
     # ---- convolution
 

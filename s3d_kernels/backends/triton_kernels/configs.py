@@ -6,16 +6,22 @@ that nobody asked for. The model knows no voxel counts: one configuration serves
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
+from triton.runtime.errors import OutOfResources
 
+from ..measurements import dropped_with_measurements, is_tuning, store, time_call
 from . import FLAT_CHANNELS
 from .window import WindowShape
+
+_log = logging.getLogger(__name__)
 
 # What the model takes a GPU to be: rough figures of an H100, of which only the ratios matter.
 _PRODUCTS_PER_S = {torch.bfloat16: 6e14, torch.float16: 6e14, torch.float32: 2.5e14}
@@ -73,7 +79,6 @@ class ConvClass:
     groups: int
     shape: WindowShape
     fused: bool = False
-    operator: str = "conv3d"
 
     @property
     def flat(self) -> bool:
@@ -144,7 +149,6 @@ class GradWeightClass:
     n_channels: int
     groups: int
     shape: WindowShape
-    operator: str = "conv3d_grad_weight"
 
     def stages(self, config: ConvConfig) -> int:
         """Of Triton's pipeline, of which every second one looks rows up."""
@@ -188,7 +192,6 @@ def _seconds(dtype: torch.dtype, exact: bool, products: float, read_bytes: float
 
 
 Class = ConvClass | GradWeightClass
-Result = TypeVar("Result")
 
 
 def candidates(kind: Class) -> list[ConvConfig]:
@@ -196,14 +199,43 @@ def candidates(kind: Class) -> list[ConvConfig]:
     return sorted(kind.space(), key=lambda config: (kind.cost(config), repr(config)))[:_CANDIDATES]
 
 
-_chosen: dict[Class, ConvConfig] = {}
+_chosen: dict[Class, ConvConfig] = dropped_with_measurements({})
 
 
-def choose(kind: Class, launch: Callable[[ConvConfig], object]) -> ConvConfig:
-    """The configuration of a class: tuned here before, or the best by the model."""
-    if kind not in _chosen:
-        _chosen[kind] = candidates(kind)[0]
-    return _chosen[kind]
+def choose(kind: Class, launch: Callable[[ConvConfig], object], device: torch.device) -> ConvConfig:
+    """The configuration of a class: the fastest if it was tuned on this machine, or is now; else the model's best.
+
+    Args:
+        kind: the class.
+        launch: computes with a configuration, for the measurement.
+        device: of the computation.
+    """
+    if kind in _chosen:
+        return _chosen[kind]
+    stored = store().get(repr(kind), device.type)
+    if stored is not None:
+        config = ConvConfig(**stored)
+    elif is_tuning() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        config = _fastest(kind, launch, device)
+        store().put(repr(kind), dataclasses.asdict(config), device.type)
+    else:
+        config = candidates(kind)[0]
+    _chosen[kind] = config
+    return config
+
+
+def _fastest(kind: Class, launch: Callable[[ConvConfig], object], device: torch.device) -> ConvConfig:
+    times: dict[ConvConfig, float] = {}
+    for config in candidates(kind):
+        try:
+            times[config] = time_call(functools.partial(launch, config), device)
+        except OutOfResources as error:
+            _log.warning("triton: %s cannot be computed with %s here: %s", kind, config, error)
+    if not times:
+        raise RuntimeError(f"no configuration for {kind} can be computed on this GPU")
+    fastest = min(times, key=lambda config: times[config])
+    _log.info("triton: %s takes %.3f ms with %s", kind, times[fastest], fastest)
+    return fastest
 
 
 def power_of_two(number: int, least: int, most: int) -> int:

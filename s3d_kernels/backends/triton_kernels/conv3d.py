@@ -38,7 +38,8 @@ from torch import Tensor
 from ..interface import WindowGeometry
 from . import conv3d_depthwise, moments
 from .configs import ConvClass, ConvConfig, choose
-from .product import is_wide, multiply, multiprocessors, offset_of, precision
+from .product import multiply, multiprocessors, offset_of, precision
+from .tiles import is_wide
 from .window import (
     Window,
     class_of,
@@ -86,7 +87,6 @@ def conv3d_kernel(
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,  # channels of a group, or 0
     SKIP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     AFFINE: tl.constexpr,
     MOMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -109,7 +109,7 @@ def conv3d_kernel(
         row, z, y, x = place_of(tl.where(exists, unit, 0), SHAPE)
         voxel = written_voxel(row, z, y, x, class_z, class_y, class_x, SHAPE)
         visible = exists
-        if SHAPE.WRITTEN_PARTIAL:
+        if written_voxels is not None:
             visible = tl.load(written_voxels + voxel, mask=exists, other=0) != 0
         sample = 0
         if AFFINE:
@@ -199,7 +199,7 @@ def conv3d_kernel(
         if SPLIT:
             tl.store(written + to, sums, mask=stored)
         else:
-            if HAS_BIAS:
+            if bias is not None:
                 sums += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
             sums = tl.where(visible[:, None], sums, 0.0)
             tl.store(written + to, sums.to(written.dtype.element_ty), mask=stored)
@@ -247,13 +247,11 @@ def _step(
 def add_parts_kernel(
     parts,  # [splits, voxels, channels] float32
     bias,  # [channels]
-    voxel_flags,  # [voxels]
+    written_voxels,  # [voxels]
     written,  # [voxels, channels]
     voxels,
     channels,
     splits,
-    PARTIAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -261,8 +259,8 @@ def add_parts_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < voxels
     visible = exists
-    if PARTIAL:
-        visible = tl.load(voxel_flags + row, mask=exists, other=0) != 0
+    if written_voxels is not None:
+        visible = tl.load(written_voxels + row, mask=exists, other=0) != 0
     for first in tl.range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         inside = exists[:, None] & (channel < channels)[None, :]
@@ -272,7 +270,7 @@ def add_parts_kernel(
         for _ in tl.range(0, splits):
             sums += tl.load(parts + part, mask=inside, other=0.0)
             part += voxels * channels
-        if HAS_BIAS:
+        if bias is not None:
             sums += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
         sums = tl.where(visible[:, None], sums, 0.0)
         tl.store(written + at, sums.to(written.dtype.element_ty), mask=inside)
@@ -365,11 +363,10 @@ def _run(
         tables = (written,) * 3 if affine is None else tuple(t.contiguous() for t in affine)
         programs = min(tiles * splits, multiprocessors_ * _PROGRAMS)
         wide = is_wide(gathered, split_sums)
-        has_bias = bias is not None
         conv3d_kernel[(programs,)](
             gathered,
             packed,
-            bias.contiguous() if bias is not None else written,
+            None if bias is None else bias.contiguous(),
             split_sums,
             window.table,
             window.gathered_voxels,
@@ -394,7 +391,6 @@ def _run(
             STAGES=kind.stages(config),
             FLAT=k_channels if kind.flat else 0,
             SKIP=kind.skips(config),
-            HAS_BIAS=has_bias and splits == 1,
             AFFINE=affine is not None,
             MOMENTS=fuse,
             SPLIT=splits > 1,
@@ -406,18 +402,16 @@ def _run(
             rows, channels = 16, 64
             add_parts_kernel[(triton.cdiv(voxels, rows),)](
                 split_sums,
-                bias.contiguous() if bias is not None else written,
+                None if bias is None else bias.contiguous(),
                 window.written_voxels,
                 written,
                 voxels,
                 groups * n_channels,
                 splits,
-                PARTIAL=window.shape.WRITTEN_PARTIAL,
-                HAS_BIAS=has_bias,
                 WIDE=wide,
                 ROWS=rows,
                 CHANNELS=channels,
             )
         return counts, means, squares
 
-    return launch(choose(kind, launch))
+    return launch(choose(kind, launch, written.device))

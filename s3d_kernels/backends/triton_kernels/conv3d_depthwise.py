@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two
-from .product import is_wide, multiprocessors, offset_of
+from .product import multiprocessors, offset_of
+from .tiles import is_wide
 from .window import Window, class_of, place_of, source_of, tap_along, taps_along, written_voxel
 
 # Numbers of a tile.
@@ -48,7 +49,6 @@ def conv3d_depthwise_kernel(
     SHAPE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     tiles_c = tl.cdiv(channels, TILE_C)
@@ -62,7 +62,7 @@ def conv3d_depthwise_kernel(
     row, z, y, x = place_of(tl.where(exists, unit, 0), SHAPE)
     voxel = written_voxel(row, z, y, x, class_z, class_y, class_x, SHAPE)
     visible = exists
-    if SHAPE.WRITTEN_PARTIAL:
+    if written_voxels is not None:
         visible = tl.load(written_voxels + voxel, mask=exists, other=0) != 0
     sums = tl.zeros((TILE_M, TILE_C), tl.float32)
     taps_y = taps_along(class_y, 1, SHAPE)
@@ -79,7 +79,7 @@ def conv3d_depthwise_kernel(
         weight_row = (tap_z * SHAPE.KERNEL[1] + tap_y) * SHAPE.KERNEL[2] + tap_x
         weight = tl.load(packed + weight_row * channels + channel, mask=inside, other=0.0)
         sums += value.to(tl.float32) * weight.to(tl.float32)[None, :]
-    if HAS_BIAS:
+    if bias is not None:
         sums += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     sums = tl.where(visible[:, None], sums, 0.0)
     to = offset_of(voxel, channels, WIDE)[:, None] + channel[None, :]
@@ -116,7 +116,7 @@ def conv3d_depthwise_grad_weight_kernel(
         unit = first + tl.arange(0, TILE_M)
         visible = unit < units
         row, z, y, x = place_of(tl.where(visible, unit, 0), SHAPE)
-        if SHAPE.WRITTEN_PARTIAL:
+        if written_voxels is not None:
             visible = tl.load(written_voxels + unit, mask=visible, other=0) != 0
         source = source_of(table, gathered_voxels, row, z, y, x, tap_z, tap_y, tap_x, 0, 0, 0, visible, SHAPE)
         pairs = (source >= 0)[:, None] & inside[None, :]
@@ -137,7 +137,7 @@ def run(window: Window, gathered: Tensor, weight: Tensor, bias: Tensor | None, w
     conv3d_depthwise_kernel[(tiles_m * triton.cdiv(channels, tile_c),)](
         gathered.contiguous(),
         weight.reshape(channels, -1).t().contiguous(),
-        bias.contiguous() if bias is not None else written,
+        None if bias is None else bias.contiguous(),
         written,
         window.table,
         window.gathered_voxels,
@@ -147,7 +147,6 @@ def run(window: Window, gathered: Tensor, weight: Tensor, bias: Tensor | None, w
         SHAPE=window.shape,
         TILE_M=tile_m,
         TILE_C=tile_c,
-        HAS_BIAS=bias is not None,
         WIDE=is_wide(gathered, written),
     )
 

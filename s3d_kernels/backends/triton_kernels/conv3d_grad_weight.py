@@ -26,7 +26,8 @@ from torch import Tensor
 from ..interface import WindowGeometry
 from . import FLAT_CHANNELS, conv3d_depthwise
 from .configs import ConvConfig, GradWeightClass, choose, power_of_two
-from .product import is_wide, multiply, multiprocessors, offset_of, precision
+from .product import multiply, multiprocessors, offset_of, precision
+from .tiles import is_wide
 from .window import Window, forward_window, place_of, source_of
 
 # Voxels below which a split is not worth its part.
@@ -88,7 +89,7 @@ def conv3d_grad_weight_kernel(
         unit = first + tl.arange(0, TILE_K)
         visible = unit < units
         row, z, y, x = place_of(tl.where(visible, unit, 0), SHAPE)
-        if SHAPE.WRITTEN_PARTIAL:
+        if written_voxels is not None:
             visible = tl.load(written_voxels + unit, mask=visible, other=0) != 0
         if FLAT > 0:
             exists = visible[:, None] & inside_m[None, :]
@@ -131,7 +132,6 @@ def column_sums_kernel(
     units,
     channels,
     splits,
-    PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -144,7 +144,7 @@ def column_sums_kernel(
     for first in tl.range(split * ROWS, units, splits * ROWS):
         unit = first + tl.arange(0, ROWS)
         visible = unit < units
-        if PARTIAL:
+        if written_voxels is not None:
             visible = tl.load(written_voxels + unit, mask=visible, other=0) != 0
         at = offset_of(unit, channels, WIDE)[:, None] + channel[None, :]
         sums += tl.load(grad + at, mask=visible[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -202,7 +202,7 @@ def _products(window: Window, grad: Tensor, x: Tensor, k_channels: int, n_channe
         )
         return parts.sum(0).permute(0, 3, 2, 1)
 
-    return launch(choose(kind, launch))
+    return launch(choose(kind, launch, x.device))
 
 
 def _column_sums(window: Window, grad: Tensor) -> Tensor:
@@ -219,7 +219,6 @@ def _column_sums(window: Window, grad: Tensor) -> Tensor:
         window.units,
         channels,
         splits,
-        PARTIAL=window.shape.WRITTEN_PARTIAL,
         ROWS=rows,
         CHANNELS=columns,
         WIDE=is_wide(grad),

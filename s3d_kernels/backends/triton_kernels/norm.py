@@ -396,6 +396,6 @@ def _shares(geometry: BlockGeometry, most_programs: int, x: Tensor) -> Shares:
     wanted = triton.cdiv(len(x) * block_voxels, samples * tile.ROWS * STEPS)
     splits = max(1, min(wanted, most_programs // max(samples * tiles, 1)))
     parts = geometry.batch * splits
-    arguments = (flags_of(geometry), geometry.sample_offsets, block_voxels, splits, channels)
+    arguments = (flags_of(geometry.voxels), geometry.sample_offsets, block_voxels, splits, channels)
     constants = {**tile._asdict(), "WIDE": is_wide(x), "num_warps": WARPS}
     return Shares(splits, parts, (parts * tiles,), arguments, constants)

@@ -279,7 +279,7 @@ def _maximum(x: Tensor, out: Tensor, geometry: WindowGeometry) -> None:
         )
 
 
-def _operands(window: Window, geometry: WindowGeometry) -> tuple[Tensor, ...]:
+def _operands(window: Window, geometry: WindowGeometry) -> tuple[Tensor | None, ...]:
     return window.table, window.gathered_voxels, window.written_voxels, geometry.target_index.contiguous()
 
 

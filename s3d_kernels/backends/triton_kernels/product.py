@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # The interpreter (seen in Triton 3.8.0) multiplies the bits of bfloat16 numbers as integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -27,11 +26,6 @@ def offset_of(number, width, WIDE: tl.constexpr):
         return number.to(tl.int64) * width
     else:
         return number * width
-
-
-def is_wide(*tensors: Tensor) -> bool:
-    """Whether offsets into one of the tensors need 64 bits."""
-    return any(t.numel() >= 2**31 for t in tensors)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import BlockGeometry
-
 NUMBERS = 2048  # of a tile: 16 for each of 128 threads
 WARPS = 4
 MOST_CHANNELS = 128
@@ -44,9 +42,9 @@ def is_wide(*tensors: Tensor | None) -> bool:
     return any(span >= WIDE_FROM for span in spans)
 
 
-def flags_of(geometry: BlockGeometry) -> Tensor | None:
+def flags_of(voxels: Tensor | None) -> Tensor | None:
     """Which voxels are visible, as kernels read it: [V, *block] uint8; None: all."""
-    return None if geometry.voxels is None else geometry.voxels.contiguous().view(torch.uint8)
+    return None if voxels is None else voxels.contiguous().view(torch.uint8)
 
 
 @triton.jit

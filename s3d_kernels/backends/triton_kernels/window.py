@@ -16,14 +16,15 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..interface import Triple, WindowGeometry
+from .tiles import flags_of
 
-MAX_VOXELS = 2**31 - 1
+# Voxels are numbered by 32 bits, and tiles reach beyond the end.
+MAX_VOXELS = 2**31 - 1024
 
 
 class WindowShape(NamedTuple):
@@ -45,8 +46,8 @@ class Window:
 
     shape: WindowShape
     table: Tensor  # [Vw, T] int32: rows of the gathered blocks around each written block
-    gathered_voxels: Tensor  # [Vg, *gathered_block] uint8; any tensor where all are visible
-    written_voxels: Tensor  # [Vw, *written_block] uint8
+    gathered_voxels: Tensor | None  # [Vg, *gathered_block] uint8; None where all are visible
+    written_voxels: Tensor | None  # [Vw, *written_block] uint8
     written_index: Tensor  # [Vw, 4] int32
 
     @property
@@ -84,12 +85,10 @@ def _window(geometry: WindowGeometry, transposed: bool) -> Window:
     )
     table = geometry.reverse_table() if transposed else geometry.table
     index = geometry.source_index if transposed else geometry.target_index
-    return Window(shape, table.contiguous(), flags(gathered, table), flags(written, table), index)
-
-
-def flags(voxels: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Voxel masks as kernels read them; where all voxels are visible, a pointer that is never followed."""
-    return stand_in if voxels is None else voxels.contiguous().view(torch.uint8)
+    voxels = len(geometry.source_index) * math.prod(geometry.source_block)
+    if voxels > MAX_VOXELS:
+        raise ValueError(f"input has {voxels} voxels in visible blocks, the triton backend can take {MAX_VOXELS}")
+    return Window(shape, table.contiguous(), flags_of(gathered), flags_of(written), index)
 
 
 @triton.jit

@@ -102,11 +102,10 @@ def norm_results(backend: object, geometry: BlockGeometry, channels: int, slope:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 40])
-@pytest.mark.parametrize("wide", [False, True])
-def test_raw_norms(channels: int, wide: bool, interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channels that fill tiles and do not; one program for a whole sample, and more than there are voxels."""
-    monkeypatch.setattr(norm, "STEPS", 1 if wide else norm.STEPS)
-    monkeypatch.setattr(tiles, "WIDE_FROM", 0 if wide else tiles.WIDE_FROM)
+@pytest.mark.parametrize("steps", [1, 8])
+def test_raw_norms(channels: int, steps: int, interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels that fill tiles and do not; a program for each tile of a sample and one for all of them."""
+    monkeypatch.setattr(norm, "STEPS", steps)
     for name, slope in (("side 4, unequal", 0.1), ("voxels", 0.0)):
         geometry = geometry_of(name)
         got, truth = (norm_results(backend, geometry, channels, slope) for backend in (interpreted, REFERENCE))

@@ -12,8 +12,9 @@ Work      Each sample is cut into splits, a number that the shapes fix. A progra
           side have neighbouring channels. No tile straddles two samples, whatever the side of the blocks.
 Sums      Each row of the tile keeps its own, moments by Welford's method; at the end rows are added, then splits by a
           second kernel (moments.py, add_parts_kernel). float32, in a fixed order: always the same bits.
-Numbers   Computed in float32, rounded once. Masked voxels are not read.
-Limits    Fewer than 2^31 voxels.
+Numbers   Computed in float32, rounded once. Masked voxels are not read. A tile starts at an offset of 64 bits; those
+          in it have 32.
+Limits    Fewer than 2^31 voxels; fewer than 2^30 numbers in a table.
 Expected  Bound by memory: each tensor is read or written once; grad_activation reads two or three and writes one.
           Not measured yet.
 """
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from ..interface import BlockGeometry
 from .moments import merge, merged, merged_rows
-from .tiles import WARPS, addresses, flags_of, is_wide, tile_of
+from .tiles import WARPS, flags_of, tile_of
 
 STEPS = 8  # tiles that a program goes through, in a sample of average size
 MOST_PROGRAMS = 2**20
@@ -50,33 +51,35 @@ class Shares:
 
 
 @triton.jit
-def share_of(
-    sample_offsets, block_voxels, splits, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr
-):
+def share_of(sample_offsets, block_voxels, splits, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """What a program makes: number of its split among all samples', sample, voxels first ... last - 1, channels."""
     tiles = tl.cdiv(channels, CHANNELS)
     part = tl.program_id(0) // tiles
     channel = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     sample = part // splits
-    first = tl.load(sample_offsets + sample)
-    last = tl.load(sample_offsets + sample + 1)
-    if WIDE:
-        first = first.to(tl.int64)
-        last = last.to(tl.int64)
-    first *= block_voxels
-    last *= block_voxels
+    # 64 bits, and so is what follows from them: one number for a tile, whose own offsets are small.
+    first = tl.load(sample_offsets + sample).to(tl.int64) * block_voxels
+    last = tl.load(sample_offsets + sample + 1).to(tl.int64) * block_voxels
     length = tl.cdiv(tl.cdiv(last - first, splits), ROWS) * ROWS
     first += part % splits * length
     return part, sample, first, tl.minimum(first + length, last), channel
 
 
 @triton.jit
-def is_visible(voxels, rows, last):
-    """Which voxels of a tile are visible."""
-    inside = rows < last
+def rows_of(voxels, start, last, ROWS: tl.constexpr):
+    """Which voxels of the tile from `start` on there are, and which are visible: [rows, 1] each."""
+    row = tl.arange(0, ROWS)
+    inside = row < tl.minimum(last - start, ROWS).to(tl.int32)
+    visible = inside
     if voxels is not None:
-        inside &= tl.load(voxels + rows, mask=inside, other=0) != 0
-    return inside
+        visible &= tl.load(voxels + start + row, mask=inside, other=0) != 0
+    return inside[:, None], visible[:, None]
+
+
+@triton.jit
+def offsets_of(channel, channels, ROWS: tl.constexpr):
+    """Offsets [rows, channels] of the numbers of a tile from its first row on."""
+    return tl.arange(0, ROWS)[:, None] * channels + channel[None, :]
 
 
 @triton.jit
@@ -98,17 +101,16 @@ def statistics_kernel(
     channels,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    part, _, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS, WIDE)
+    part, _, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS)
     exists = channel < channels
+    offsets = offsets_of(channel, channels, ROWS)
     count = tl.zeros([ROWS, 1], tl.float32)
     mean = tl.zeros([ROWS, CHANNELS], tl.float32)
     spread = tl.zeros([ROWS, CHANNELS], tl.float32)
     for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        visible = is_visible(voxels, rows, last)[:, None]
-        at = addresses(x, rows, channel, channels, WIDE)
+        _inside, visible = rows_of(voxels, start, last, ROWS)
+        at = x + start * channels + offsets
         values = tl.load(at, mask=visible & exists[None, :], other=0.0).to(tl.float32)
         count, mean, spread = merged(count, mean, spread, visible.to(tl.float32), values, 0.0)
     total, centre, spread_of_all = merged_rows(count, mean, spread)
@@ -133,23 +135,24 @@ def apply_kernel(
     channels,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    _, sample, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS, WIDE)
+    _, sample, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS)
     centre = line_of(mean, sample, channel, channels)
     factor = line_of(scale, sample, channel, channels)
     term = line_of(shift, sample, channel, channels)
     exists = (channel < channels)[None, :]
+    offsets = offsets_of(channel, channels, ROWS)
     for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        here = is_visible(voxels, rows, last)[:, None] & exists
-        values = tl.load(addresses(x, rows, channel, channels, WIDE), mask=here, other=0.0).to(tl.float32)
+        inside, visible = rows_of(voxels, start, last, ROWS)
+        here = visible & exists
+        at = start * channels + offsets
+        values = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
         values = (values - centre) * factor + term
         if residual is not None:
-            values += tl.load(addresses(residual, rows, channel, channels, WIDE), mask=here, other=0.0).to(tl.float32)
+            values += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
         below = tl.where(slope > 0, values * slope, 0.0)  # for ReLU zero, of minus infinity too
         values = tl.where(here, tl.where(values < 0, below, values), 0.0)
-        tl.store(addresses(y, rows, channel, channels, WIDE), values, mask=(rows < last)[:, None] & exists)
+        tl.store(y + at, values, mask=inside & exists)
 
 
 @triton.jit
@@ -172,29 +175,26 @@ def grad_sums_kernel(
     all_parts,  # N * splits
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    part, sample, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS, WIDE)
+    part, sample, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS)
     centre = line_of(mean, sample, channel, channels)
     if before is not None and y is None:
         factor = line_of(scale, sample, channel, channels)
         term = line_of(shift, sample, channel, channels)
     exists = (channel < channels)[None, :]
+    offsets = offsets_of(channel, channels, ROWS)
     of_grad = tl.zeros([ROWS, CHANNELS], tl.float32)
     of_product = tl.zeros([ROWS, CHANNELS], tl.float32)
     for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        here = is_visible(voxels, rows, last)[:, None] & exists
-        gradient = tl.load(addresses(grad, rows, channel, channels, WIDE), mask=here, other=0.0).to(tl.float32)
-        centred = tl.load(addresses(x, rows, channel, channels, WIDE), mask=here, other=0.0).to(tl.float32) - centre
+        inside, visible = rows_of(voxels, start, last, ROWS)
+        here = visible & exists
+        at = start * channels + offsets
+        gradient = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
+        centred = tl.load(x + at, mask=here, other=0.0).to(tl.float32) - centre
         if before is not None:
-            if y is None:
-                sign = centred * factor + term
-            else:
-                sign = tl.load(addresses(y, rows, channel, channels, WIDE), mask=here, other=0.0).to(tl.float32)
+            sign = centred * factor + term if y is None else tl.load(y + at, mask=here, other=0.0).to(tl.float32)
             gradient = tl.where(sign > 0, gradient, tl.where(slope > 0, gradient * slope, 0.0))
-            at = addresses(before, rows, channel, channels, WIDE)
-            tl.store(at, gradient, mask=(rows < last)[:, None] & exists)
+            tl.store(before + at, gradient, mask=inside & exists)
         of_grad += gradient
         of_product += tl.where(here, gradient * centred, 0.0)
     to = sums + part * channels + channel
@@ -215,7 +215,6 @@ def add_parts_kernel(
     all_parts,  # N * splits
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     tiles = tl.cdiv(channels, CHANNELS)
     sample = tl.program_id(0) // tiles
@@ -226,9 +225,9 @@ def add_parts_kernel(
     for start in range(0, splits, ROWS):
         split = start + tl.arange(0, ROWS)
         here = (split < splits)[:, None] & exists[None, :]
-        part = sample * splits + split
-        grads += tl.load(addresses(parts, part, channel, channels, WIDE), mask=here, other=0.0)
-        products += tl.load(addresses(parts, all_parts + part, channel, channels, WIDE), mask=here, other=0.0)
+        at = parts + (sample * splits + split)[:, None] * channels + channel[None, :]
+        grads += tl.load(at, mask=here, other=0.0)
+        products += tl.load(at + all_parts * channels, mask=here, other=0.0)
     tl.store(of_grad + sample * channels + channel, tl.sum(grads, 0), mask=exists)
     tl.store(of_product + sample * channels + channel, tl.sum(products, 0), mask=exists)
 
@@ -250,23 +249,23 @@ def grad_input_kernel(
     channels,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    _, sample, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS, WIDE)
+    _, sample, first, last, channel = share_of(sample_offsets, block_voxels, splits, channels, ROWS, CHANNELS)
     centre = line_of(mean, sample, channel, channels)
     deviation = line_of(rstd, sample, channel, channels)
     factor = line_of(scale, sample, channel, channels)
     term = line_of(offset, sample, channel, channels)
     tilt = line_of(slope, sample, channel, channels)
     exists = (channel < channels)[None, :]
+    offsets = offsets_of(channel, channels, ROWS)
     for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        here = is_visible(voxels, rows, last)[:, None] & exists
-        gradient = tl.load(addresses(grad, rows, channel, channels, WIDE), mask=here, other=0.0).to(tl.float32)
-        values = tl.load(addresses(x, rows, channel, channels, WIDE), mask=here, other=0.0).to(tl.float32)
+        inside, visible = rows_of(voxels, start, last, ROWS)
+        here = visible & exists
+        at = start * channels + offsets
+        gradient = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
+        values = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
         gradient = factor * gradient - term - tilt * ((values - centre) * deviation)
-        at = addresses(grad_x, rows, channel, channels, WIDE)
-        tl.store(at, tl.where(here, gradient, 0.0), mask=(rows < last)[:, None] & exists)
+        tl.store(grad_x + at, tl.where(here, gradient, 0.0), mask=inside & exists)
 
 
 def statistics(x: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
@@ -357,7 +356,6 @@ def _grad_sums(
             channels,
             shares.parts,
             *tile,
-            WIDE=is_wide(parts),
             num_warps=WARPS,
         )
     return of_grad, of_product
@@ -397,5 +395,5 @@ def _shares(geometry: BlockGeometry, most_programs: int, x: Tensor) -> Shares:
     splits = max(1, min(wanted, most_programs // max(samples * tiles, 1)))
     parts = geometry.batch * splits
     arguments = (flags_of(geometry.voxels), geometry.sample_offsets, block_voxels, splits, channels)
-    constants = {**tile._asdict(), "WIDE": is_wide(x), "num_warps": WARPS}
+    constants = {**tile._asdict(), "num_warps": WARPS}
     return Shares(splits, parts, (parts * tiles,), arguments, constants)

@@ -6,17 +6,21 @@ Volumes are small: the interpreter takes as long for an operation on one number 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from s3d_kernels import BlockMask, BlockSparseTensor, functional, use_backend
 from s3d_kernels.backends.triton_kernels import TritonBackend, configs, conv3d, conv3d_grad_weight
 from s3d_kernels.backends.triton_kernels.configs import ConvConfig
+from s3d_kernels.backends.triton_kernels.window import WindowShape
 
 from .test_emulated_cuda import MASKS, fits
-from .test_fused_conv import BLOCK
 from .test_operators import CASES, Case, Triple, assert_close, expected, run, seeded, tolerances
 
 # Of 5 and 7 taps a side: nothing in the kernels is different but the time.
@@ -65,44 +69,50 @@ def test_large_kernels(case: Case, interpreted: TritonBackend) -> None:
         check(interpreted, case, MASKS[name](), torch.float32, name)
 
 
+# Kernel, stride, padding.
 WINDOWS = {
     "3x3x3": ((3, 3, 3), (1, 1, 1), (1, 1, 1)),
+    "1x3x3": ((1, 3, 3), (1, 1, 1), (0, 1, 1)),
     "1x1x1": ((1, 1, 1), (1, 1, 1), (0, 0, 0)),
     "3x3x3 stride 2": ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
     "1x3x3 stride 1x2x2": ((1, 3, 3), (1, 2, 2), (0, 1, 1)),
 }
 
 
-@pytest.mark.parametrize("window", list(WINDOWS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_many_channels(window: str, dtype: torch.dtype, interpreted: TritonBackend) -> None:
+@pytest.mark.parametrize(
+    ("window", "name"),
+    [
+        ("3x3x3", "side 2"),
+        ("1x3x3", "side 8"),
+        ("1x3x3", "voxels"),
+        ("1x1x1", "side 4, unequal"),
+        ("3x3x3 stride 2", "side 8"),
+        ("1x3x3 stride 1x2x2", "voxels"),
+    ],
+)
+def test_many_channels(window: str, name: str, interpreted: TritonBackend) -> None:
     """No multiple of a tile, more than one of them."""
-    case = conv_case((33, 40), *WINDOWS[window])
-    names = ("side 8", "side 2", "voxels") if dtype == torch.float32 else ("side 4, unequal",)
-    for name in names:
-        check(interpreted, case, MASKS[name](), dtype, name)
+    check(interpreted, conv_case((33, 40), *WINDOWS[window]), MASKS[name](), torch.float32, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [(33, 40), (32, 32), (1, 32)], ids=str)
+def test_half_precision(channels: tuple[int, int], dtype: torch.dtype, interpreted: TritonBackend) -> None:
+    check(interpreted, conv_case(channels, *WINDOWS["1x3x3"]), MASKS["side 4, unequal"](), dtype, str(channels))
 
 
 def test_groups_of_many_channels(interpreted: TritonBackend) -> None:
-    check(interpreted, conv_case((40, 34), *WINDOWS["3x3x3"], groups=2), MASKS["side 2"](), torch.float32, "groups")
+    check(interpreted, conv_case((40, 34), *WINDOWS["1x3x3"], groups=2), MASKS["side 2"](), torch.float32, "groups")
 
 
-@pytest.mark.parametrize("channels", [(16, 16), (1, 16)], ids=str)
-def test_half_precision_of_the_stem_and_of_tiles_that_are_full(
-    channels: tuple[int, int], interpreted: TritonBackend
-) -> None:
-    check(interpreted, conv_case(channels, *WINDOWS["3x3x3"]), MASKS["side 4, unequal"](), torch.bfloat16, "full")
-
-
-@pytest.mark.parametrize("name", ["side 2", "voxels"])
+@pytest.mark.parametrize("window", ["1x3x3", "1x3x3 stride 1x2x2"])
 def test_taps_are_split_where_there_are_few_tiles(
-    name: str, interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch
+    window: str, interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (conv3d, conv3d_grad_weight):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 12)
     for channels in ((20, 24), (3, 16)):
-        check(interpreted, conv_case(channels, *WINDOWS["3x3x3"]), MASKS[name](), torch.float32, name)
-        check(interpreted, conv_case(channels, *WINDOWS["3x3x3 stride 2"]), MASKS[name](), torch.float32, name)
+        check(interpreted, conv_case(channels, *WINDOWS[window]), MASKS["side 2"](), torch.float32, window)
 
 
 def test_offsets_of_64_bits(interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,41 +120,71 @@ def test_offsets_of_64_bits(interpreted: TritonBackend, monkeypatch: pytest.Monk
         monkeypatch.setattr(module, "is_wide", lambda *tensors: True)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 12)
     for channels in ((20, 24), (3, 16)):
-        check(interpreted, conv_case(channels, *WINDOWS["3x3x3"]), MASKS["side 2"](), torch.float32, "wide")
+        check(interpreted, conv_case(channels, *WINDOWS["1x3x3"]), MASKS["side 2"](), torch.float32, "wide")
 
 
-@pytest.mark.parametrize("tile_m", [32, 128])
-def test_other_tiles_give_the_same(tile_m: int, interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ConvConfig(tile_m, 16, 32, 4, 2)
+def test_other_tiles_give_the_same(interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (conv3d, conv3d_grad_weight):
-        monkeypatch.setattr(module, "choose", lambda *arguments: config)
-    for name in ("side 8", "side 2"):
-        check(interpreted, conv_case((40, 36), *WINDOWS["3x3x3"], bias=False), MASKS[name](), torch.float32, name)
+        monkeypatch.setattr(module, "choose", lambda *arguments: ConvConfig(32, 16, 32, 4, 2))
+    case = conv_case((40, 36), (1, 1, 3), (1, 1, 1), (0, 0, 1), bias=False)
+    for name in ("side 4, unequal", "side 2"):
+        check(interpreted, case, MASKS[name](), torch.float32, name)
 
 
-@pytest.mark.parametrize("name", ["side 8", "side 4, unequal", "empty sample", "nothing", "voxels"])
+def _between_norms(x: BlockSparseTensor, w: Sequence[Tensor]) -> BlockSparseTensor:
+    # The gradient of a bias in front of a norm is zero.
+    y = functional.sparse_conv3d(x, w[0], w[0].detach().sum((1, 2, 3, 4)), 1, (0, 0, 1))
+    y = F.leaky_relu(functional.sparse_instance_norm(y, w[1], w[2]), 0.1)
+    y = functional.sparse_conv3d(y, w[3], None, 1, (0, 0, 1))
+    return F.leaky_relu(functional.sparse_instance_norm(y, w[4]) + x, 0.1)
+
+
+def _dense_between_norms(x: Tensor, m: Tensor, w: Sequence[Tensor]) -> Tensor:
+    y = oracle.conv3d(x, m, w[0], w[0].detach().sum((1, 2, 3, 4)), (1, 1, 1), (0, 0, 1), 1)
+    y = F.leaky_relu(oracle.norm(y, m, w[1], w[2], 1e-5, y.shape[1]), 0.1)
+    y = oracle.conv3d(y, m, w[3], None, (1, 1, 1), (0, 0, 1), 1)
+    return F.leaky_relu(oracle.norm(y, m, w[4], None, 1e-5, x.shape[1]) + oracle.select(x, m), 0.1)
+
+
+RESIDUAL = Case(
+    "residual block",
+    _between_norms,
+    _dense_between_norms,
+    ((40, 20, 1, 1, 3), (40,), (40,), (20, 40, 1, 1, 3), (20,)),
+    20,
+)
+
+
+@pytest.mark.parametrize("name", ["side 4, unequal", "empty sample", "nothing", "voxels"])
 def test_fused_residual_block(name: str, interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    affine = []
     fused = conv3d.fused
-    monkeypatch.setattr(conv3d, "fused", lambda *arguments: calls.append(arguments[3]) or fused(*arguments))
-    check(interpreted, BLOCK, MASKS[name](), torch.float32, name, 3e-5)
-    assert [affine is not None for affine in calls] == [False, True] * 2
+
+    def spy(*arguments: Any) -> Any:
+        affine.append(arguments[3] is not None)
+        return fused(*arguments)
+
+    monkeypatch.setattr(conv3d, "fused", spy)
+    check(interpreted, RESIDUAL, MASKS[name](), torch.float32, name, 3e-5)
+    assert affine == [False, True] * 2  # the second one reads the first one's norm
 
 
 def test_statistics_of_a_convolution_are_safe_far_from_zero(interpreted: TritonBackend) -> None:
     mask = MASKS["side 4, unequal"]()
     x = BlockSparseTensor.from_dense(torch.randn(mask.batch, 20, *mask.shape, generator=seeded(0)), mask)
-    weight = torch.randn(24, 20, 3, 3, 3, generator=seeded(1))
+    weight = torch.randn(24, 20, 1, 3, 3, generator=seeded(1))
     with use_backend(interpreted.name):
         plain, far = (
-            functional.sparse_instance_norm(functional.sparse_conv3d(x, weight, torch.full((24,), bias), 1, 1)).blocks
+            functional.sparse_instance_norm(
+                functional.sparse_conv3d(x, weight, torch.full((24,), bias), 1, (0, 1, 1))
+            ).blocks
             for bias in (0.0, 1e4)
         )
     assert float((far - plain).norm() / plain.norm()) < 1e-6 * 1e4 / 20
 
 
 def test_there_is_a_configuration_for_every_class() -> None:
-    shape = conv3d.WindowShape((4, 4, 4), (1, 1, 1), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, False, False)
+    shape = WindowShape((4, 4, 4), (1, 1, 1), (3, 3, 3), (1, 1, 1), (1, 1, 1), False, False, False)
     for block, channels, (dtype, exact) in itertools.product(
         ((32, 32, 32), (4, 4, 4), (2, 4, 4), (3, 5, 7), (1, 1, 1)),
         itertools.product((1, 3, 16, 33, 320, 1000), repeat=2),

@@ -193,7 +193,7 @@ def test_there_is_a_configuration_for_every_class() -> None:
         window = shape._replace(UNITS=block)
         kinds: list[configs.Class] = [
             configs.ConvClass(dtype, exact, *channels, 1, window),
-            configs.GradWeightClass(dtype, exact, *channels, 1, window),
+            configs.GradWeightClass(dtype, exact, *channels, 1, window, flat=False),
         ]
         if block[0] * block[1] * block[2] % 32 == 0:
             kinds.append(configs.ConvClass(dtype, exact, *channels, 1, window, fused=True))

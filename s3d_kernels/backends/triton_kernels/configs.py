@@ -106,6 +106,7 @@ class ConvClass:
             for config in (ConvConfig(*numbers) for numbers in every)
             if config.tile_n <= most_n
             and min(most_k, 32) <= config.tile_k <= most_k
+            and config.buffers <= _most_buffers(self.flat, self.fused)
             # Small blocks mean few voxels.
             and (units % config.tile_m == 0 or (config.tile_m <= 64 and not self.fused))
             and self._registers_suffice(config)
@@ -115,7 +116,7 @@ class ConvClass:
     def _registers_suffice(self, config: ConvConfig) -> bool:
         sums = config.tile_m * config.tile_n // (32 * config.warps)
         rows = config.tile_m * config.tile_k * self.dtype.itemsize // (128 * config.warps)  # in registers, if fused
-        return 8 <= sums <= (32 if self.exact else 64) and rows <= (16 if self.fused else 64)
+        return 4 <= sums <= (32 if self.exact else 64) and rows <= (16 if self.fused else 64)
 
     def shared_bytes(self, config: ConvConfig) -> int:
         """At most, on any GPU."""
@@ -137,10 +138,11 @@ class GradWeightClass:
     Attributes:
         dtype: of the features.
         exact: whether float32 is multiplied as it is.
-        k_channels: of a group, of the input; times the taps where there are few.
+        k_channels: of a group, of the input; times the taps if `flat`.
         n_channels: of a group, of the output.
         groups: of channels.
         shape: of the window.
+        flat: whether a tile's rows are (tap, channel) pairs.
     """
 
     dtype: torch.dtype
@@ -149,6 +151,7 @@ class GradWeightClass:
     n_channels: int
     groups: int
     shape: WindowShape
+    flat: bool
 
     def stages(self, config: ConvConfig) -> int:
         """Of Triton's pipeline, of which every second one looks rows up."""
@@ -164,6 +167,7 @@ class GradWeightClass:
             if config.tile_m <= most_m
             and config.tile_n <= most_n
             and (config.tile_k == 16) == self.exact
+            and config.buffers <= _most_buffers(self.flat)
             and min(8, most_m * most_n // 128)
             <= config.tile_m * config.tile_n // (32 * config.warps)
             <= (32 if self.exact else 64)
@@ -180,6 +184,11 @@ class GradWeightClass:
         products = 2 * config.tile_m * config.tile_n
         read = config.operand_bytes(self.dtype) / config.tile_k
         return tiles * _seconds(self.dtype, self.exact, products, read, config)
+
+
+def _most_buffers(flat: bool, fused: bool = False) -> int:
+    """With more of them the addresses that are under way do not fit in the registers."""
+    return 2 if flat else 3 if fused else 4
 
 
 def _seconds(dtype: torch.dtype, exact: bool, products: float, read_bytes: float, config: ConvConfig) -> float:

@@ -172,7 +172,7 @@ def _products(window: Window, grad: Tensor, x: Tensor, k_channels: int, n_channe
     flat = k_channels < FLAT_CHANNELS
     rows, matrices = (k_channels * taps, 1) if flat else (k_channels, taps)
     exact = precision(x.dtype) == "ieee"
-    kind = GradWeightClass(x.dtype, exact, rows, n_channels, groups, window.shape)
+    kind = GradWeightClass(x.dtype, exact, rows, n_channels, groups, window.shape, flat)
 
     def launch(config: ConvConfig) -> Tensor:
         tiles = matrices * groups * triton.cdiv(rows, config.tile_m) * triton.cdiv(n_channels, config.tile_n)

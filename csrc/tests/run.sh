@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds and runs the stand-alone tests of the native kernels: csrc/tests/run.sh [VARIANT...]
+# Builds and runs the stand-alone tests of the native kernels: csrc/tests/run.sh [--objects FOLDER] [VARIANT...]
 #   emulator           the emulator of CUDA: right kernels pass, planted faults are found
 #   emulator_ucontext  the same without its assembly, with UndefinedBehaviorSanitizer
 #   cuda               the CUDA kernels, run by the emulator
@@ -10,9 +10,10 @@
 #   thread   with ThreadSanitizer: needs clang, its libomp and archer
 #   neon     for aarch64, run by qemu: needs aarch64-linux-gnu-g++ and qemu-aarch64
 #   python   the native backend's Python tests, with a library built as in "address": needs the packages of [test]
-# Without arguments: all but python. CXX names the compiler, CXXFLAGS adds flags,
-# PYTHON names the interpreter. Exit status: 0 all good, 77 what was
-# asked for was skipped (with the reason in the output) and nothing failed, else a failure.
+# Without a variant: all but python. FOLDER holds what tests/kernels/emulated_cuda.py has compiled of the emulator and the
+# CUDA kernels, from the same sources; the variants emulator, cuda and count link that. CXX names the compiler, CXXFLAGS
+# adds flags, PYTHON names the interpreter. Exit status: 0 all good, 77 what was asked for was skipped (with the reason in
+# the output) and nothing failed, else a failure.
 set -euo pipefail
 tests=$(cd "$(dirname "$0")" && pwd)
 csrc=$(dirname "$tests")
@@ -22,6 +23,11 @@ trap 'rm -rf "$work"' EXIT
 # Three threads on fewer processors spend most of their time in libgomp's busy waiting otherwise.
 export OMP_WAIT_POLICY=passive
 skipped=0
+objects=
+if [[ ${1:-} == --objects ]]; then
+  objects=$2
+  shift 2
+fi
 
 skip() {
   echo "skipped: $*"
@@ -124,11 +130,16 @@ END
 
 # build_emulated PROGRAM "SOURCES" FLAGS...: the emulator and what it runs.
 build_emulated() {
-  local folder source job jobs=() program=$1 sources=$2
+  local folder source compiled job jobs=() linked=() program=$1 sources=$2
   shift 2
   folder=$(dirname "$program")
   mkdir -p "$folder"
   for source in "$csrc"/emulator/*.cc $sources; do
+    compiled=$objects/$(basename "$(dirname "$source")")_$(basename "$source").o
+    if [[ -n $objects && -e $compiled ]]; then
+      linked+=("$compiled")
+      continue
+    fi
     # shellcheck disable=SC2086
     "${CXX:-c++}" -std=c++17 -O1 -Wall -Wextra -Wno-unknown-pragmas -DS3D_EMULATOR "-I$csrc" "-I$csrc/include" \
       "$@" ${CXXFLAGS:-} -x c++ -c "$source" -o "$folder/$(basename "$source").o" &
@@ -140,7 +151,7 @@ build_emulated() {
   done
   for job in "${jobs[@]}"; do wait "$job"; done
   # shellcheck disable=SC2086
-  "${CXX:-c++}" "$@" ${CXXFLAGS:-} "$folder"/*.o -o "$program"
+  "${CXX:-c++}" "$@" ${CXXFLAGS:-} "$folder"/*.o "${linked[@]}" -o "$program"
 }
 
 emulator_tests="$csrc/emulator/tests/main.cc $(echo "$csrc"/emulator/tests/test_*.cu)"
@@ -152,6 +163,7 @@ emulator() {
 }
 
 emulator_ucontext() {
+  local objects=
   build_emulated "$work/ucontext/test_emulator" "$emulator_tests" -DS3D_EMULATOR_UCONTEXT -g \
     -fsanitize=undefined -fno-sanitize-recover=all
   "$work/ucontext/test_emulator"

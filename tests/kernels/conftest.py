@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +15,17 @@ from s3d_kernels.backends.triton_kernels import TritonBackend
 from . import emulated_cuda
 
 
-@pytest.fixture(scope="module")
-def emulated(pytestconfig: pytest.Config) -> Iterator[NativeBackend]:
-    """The CUDA kernels as one more backend, for CPU tensors."""
+@pytest.fixture(scope="session")
+def emulated_library(pytestconfig: pytest.Config) -> Path:
+    """The CUDA kernels, compiled for the CPU once for all tests."""
     assert pytestconfig.cache is not None
-    backend = emulated_cuda.backend(emulated_cuda.build(pytestconfig.cache.mkdir("emulated_cuda")))
+    return emulated_cuda.build(pytestconfig.cache.mkdir("emulated_cuda"))
+
+
+@pytest.fixture(scope="module")
+def emulated(emulated_library: Path) -> Iterator[NativeBackend]:
+    """The CUDA kernels as one more backend, for CPU tensors."""
+    backend = emulated_cuda.backend(emulated_library)
     backends.register(backend, first=False)
     yield backend
     del REGISTRY[backend.name]

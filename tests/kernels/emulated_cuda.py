@@ -20,16 +20,18 @@ NAME = "emulated cuda"
 
 
 def build(folder: Path) -> Path:
-    """Compile the library into a folder, if it is not there yet. Returns: its path."""
+    """Compile the library into a folder, if it is not there yet. Returns: its path; beside it lie `objects_of` it."""
     sources = hash_of_sources(FOLDERS, CSRC)
     library = folder / f"libs3d_emulated_{sources}.so"
+    objects = objects_of(library)
     if library.exists():
         return library
-    objects = folder / "objects"
-    shutil.rmtree(objects, ignore_errors=True)
+    for old in folder.glob("objects*"):
+        shutil.rmtree(old)
     objects.mkdir(parents=True)
     cxx = os.environ.get("CXX", "c++").split()
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DS3D_EMULATOR", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DS3D_EMULATOR"]
+    flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += [f"-I{path}" for path in (*tvm_ffi.libinfo.include_paths(), CSRC, CSRC / "include")]
     flags.append(f'-DS3D_SOURCES="{sources}"')
     files = [*(CSRC / "emulator").glob("*.cc"), *(CSRC / "cuda").glob("*.cu"), CSRC / "cuda" / "bindings.cc"]
@@ -46,6 +48,11 @@ def build(folder: Path) -> Path:
     unfinished = library.with_suffix(".unfinished")
     subprocess.run([*cxx, "-shared", *compiled, f"-L{ffi.parent}", "-ltvm_ffi", "-o", str(unfinished)], check=True)
     return unfinished.rename(library)
+
+
+def objects_of(library: Path) -> Path:
+    """The folder of what a library was linked from, which csrc/tests/run.sh can link with its tests."""
+    return library.with_name(library.name.replace("libs3d_emulated", "objects").removesuffix(".so"))
 
 
 def backend(library: Path) -> NativeBackend:

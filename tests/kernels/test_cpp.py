@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from . import emulated_cuda
+
 SCRIPT = Path(__file__).resolve().parents[2] / "csrc" / "tests" / "run.sh"
 
 pytestmark = [
@@ -18,11 +20,11 @@ pytestmark = [
 ]
 
 
-def run(variant: str, timeout: float) -> None:
+def run(timeout: float, *arguments: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("CXXFLAGS", "PYTHONPATH")}
     environment["PYTHON"] = sys.executable
     done = subprocess.run(
-        ["bash", str(SCRIPT), variant],
+        ["bash", str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -36,19 +38,16 @@ def run(variant: str, timeout: float) -> None:
 
 
 def test_kernels() -> None:
-    run("plain", 500)
+    run(500, "plain")
 
 
-def test_emulator() -> None:
-    run("emulator", 500)
-
-
-def test_cuda_kernels_on_the_emulator() -> None:
-    run("cuda", 500)
+@pytest.mark.parametrize("variant", ["emulator", "cuda"])
+def test_cuda_kernels_and_their_emulator(variant: str, emulated_library: Path) -> None:
+    run(500, "--objects", str(emulated_cuda.objects_of(emulated_library)), variant)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", ["address", "thread", "neon", "python", "emulator_ucontext"])
 def test_kernels_under_sanitizers_and_on_arm(variant: str) -> None:
-    run(variant, 3500)
+    run(3500, variant)

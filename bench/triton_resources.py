@@ -63,6 +63,7 @@ class Resources:
     tiles: str
     registers: int
     stack_bytes: int
+    at_step: bool  # whether with eight more registers fewer programs would fit on a multiprocessor
     shared_bytes: int
     programs: int  # on a multiprocessor
     instructions: dict[str, int]
@@ -166,7 +167,7 @@ def resources(launch: Launch, what: str, dtype: torch.dtype, target: int) -> Res
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    by_registers = REGISTERS // (-(-numbers["REG"] // 8) * 8 * 32 * warps)
+    fit, fit_with_more = (REGISTERS // ((-(-numbers["REG"] // 8) + more) * 8 * 32 * warps) for more in (0, 1))
     by_memory = SHARED_BYTES[target] // (shared + 1024)
     constants = launch.options
     if constants.get("AFFINE"):
@@ -182,8 +183,9 @@ def resources(launch: Launch, what: str, dtype: torch.dtype, target: int) -> Res
         tiles=f"{tiles}, {warps} warps" if tiles else f"{warps} warps",
         registers=numbers["REG"],
         stack_bytes=numbers["STACK"] + numbers["LOCAL"],
+        at_step=fit_with_more < fit,
         shared_bytes=shared,
-        programs=min(by_registers, by_memory, 64 // warps),
+        programs=min(fit, by_memory, 64 // warps),
         instructions={name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
     )
 

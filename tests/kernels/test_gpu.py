@@ -45,16 +45,22 @@ def test_against_the_oracle(case: Case, backend: str, tf32: bool, dtype: torch.d
             again = run(case, mask, dtype, backend, masked=0.0, device="cuda")
             for i, (a, b, c) in enumerate(zip(got, truth, again, strict=True)):
                 assert_close(a, b, dtype, allowed[i], f"{name}, result {i}")
-                if backend == "native":
+                if backend in ("native", "triton"):
                     assert torch.equal(a, c), f"{name}, result {i}: other bits in another run, or from masked voxels"
 
 
+@pytest.fixture(params=["native", "triton"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The backends with kernels of our own."""
+    return str(request.param)
+
+
 @pytest.mark.parametrize("name", ["side 8", "side 4, unequal", "empty sample", "voxels"])
-def test_fused_residual_block_against_the_oracle(name: str) -> None:
-    skip_if_unavailable("native", torch.float32)
+def test_fused_residual_block_against_the_oracle(name: str, kernels: str) -> None:
+    skip_if_unavailable(kernels, torch.float32)
     mask = MASKS[name]()
     with torch.backends.cudnn.flags(allow_tf32=False):
-        got, again = (run(BLOCK, mask, torch.float32, "native", masked, "cuda") for masked in (float("nan"), 0.0))
+        got, again = (run(BLOCK, mask, torch.float32, kernels, masked, "cuda") for masked in (float("nan"), 0.0))
     for i, (a, b, c) in enumerate(zip(got, expected(BLOCK, mask), again, strict=True)):
         assert_close(a, b, torch.float32, 3e-5, f"result {i}")
         assert torch.equal(a, c), f"result {i}: other bits in another run, or from masked voxels"
@@ -87,10 +93,10 @@ def step(block: Block, x: BlockSparseTensor) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
-def test_forward_and_backward_do_not_wait_for_the_gpu() -> None:
-    skip_if_unavailable("native", torch.float32)
+def test_forward_and_backward_do_not_wait_for_the_gpu(kernels: str) -> None:
+    skip_if_unavailable(kernels, torch.float32)
     block, x = block_and_input()
-    with use_backend("native"):
+    with use_backend(kernels):
         step(block, x)  # the check of the first use waits, once
         try:
             torch.cuda.set_sync_debug_mode("error")
@@ -99,11 +105,11 @@ def test_forward_and_backward_do_not_wait_for_the_gpu() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_current_stream_is_used() -> None:
+def test_the_current_stream_is_used(kernels: str) -> None:
     """Work on a side stream that is kept busy: kernels on another stream would read what is not there yet."""
-    skip_if_unavailable("native", torch.float32)
+    skip_if_unavailable(kernels, torch.float32)
     block, x = block_and_input()
-    with use_backend("native"):
+    with use_backend(kernels):
         truth = step(block, x)
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
@@ -117,10 +123,10 @@ def test_the_current_stream_is_used() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, truth, strict=True))
 
 
-def test_a_step_can_be_captured_as_a_graph() -> None:
-    skip_if_unavailable("native", torch.float32)
+def test_a_step_can_be_captured_as_a_graph(kernels: str) -> None:
+    skip_if_unavailable(kernels, torch.float32)
     block, x = block_and_input()
-    with use_backend("native"):
+    with use_backend(kernels):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -138,12 +144,12 @@ def test_a_step_can_be_captured_as_a_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, truth, strict=True))
 
 
-def test_another_device_than_the_current_one() -> None:
-    skip_if_unavailable("native", torch.float32)
+def test_another_device_than_the_current_one(kernels: str) -> None:
+    skip_if_unavailable(kernels, torch.float32)
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     block, x = block_and_input()
-    with use_backend("native"):
+    with use_backend(kernels):
         truth = [t.cpu() for t in step(block, x)]
         other = BlockSparseTensor(x.blocks.detach().to("cuda:1").requires_grad_(), x.mask.to("cuda:1"))
         got = [t.cpu() for t in step(block.to("cuda:1"), other)]
@@ -151,17 +157,17 @@ def test_another_device_than_the_current_one() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, truth, strict=True))
 
 
-def test_tensors_of_two_devices_are_refused() -> None:
-    skip_if_unavailable("native", torch.float32)
+def test_tensors_of_two_devices_are_refused(kernels: str) -> None:
+    skip_if_unavailable(kernels, torch.float32)
     _, x = block_and_input()
     weight = torch.randn(40, 16, 3, 3, 3)
-    with pytest.raises((ValueError, RuntimeError), match=r"weight|device"):
-        sk.sparse_conv3d(x, weight, padding=1, backend="native")
+    with pytest.raises((ValueError, RuntimeError), match=r"weight|device|cpu"):
+        sk.sparse_conv3d(x, weight, padding=1, backend=kernels)
 
 
-def test_more_than_two_to_the_31_elements() -> None:
+def test_more_than_two_to_the_31_elements(kernels: str) -> None:
     """Only the last block is not zero."""
-    skip_if_unavailable("native", torch.bfloat16)
+    skip_if_unavailable(kernels, torch.bfloat16)
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB")
     mask = BlockMask.from_grid(torch.ones(1, 1, 1, 1100, dtype=torch.bool), 32).to("cuda")
@@ -169,7 +175,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert x.numel() > 2**31
     x[-1] = torch.randn(32, 32, 32, 64, generator=seeded(0)).cuda()
     weight = torch.randn(40, 64, 3, 3, 3, generator=seeded(1)).cuda().bfloat16()
-    y = sk.sparse_conv3d(BlockSparseTensor(x, mask), weight, padding=1, backend="native").blocks
+    y = sk.sparse_conv3d(BlockSparseTensor(x, mask), weight, padding=1, backend=kernels).blocks
     dense = F.conv3d(x[-1].permute(3, 0, 1, 2)[None].float(), weight.float(), padding=1)[0].permute(1, 2, 3, 0)
     assert float((y[-1].float() - dense).norm() / dense.norm()) < 1e-2
     assert not y[:-2].any()

@@ -25,6 +25,11 @@ class Launch:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
+    def variant(self, target: GPUTarget) -> str:
+        """What a compiled kernel is kept under: launches of the same variant share it."""
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, make_backend(target))
+        return f"{self.kernel.fn.__module__}.{self.kernel.__name__} {binder(*self.arguments, **self.options)[1:]}"
+
     def compile(self, target: GPUTarget) -> Any:
         """As the launch itself would, types, alignment and constants included."""
         backend = make_backend(target)

@@ -4,7 +4,7 @@ Nothing is run on a GPU: the calls of a ResEnc-L encoder are made with tensors o
 compiled ahead of time.
 
 Usage: python bench/triton_resources.py [--targets 80 90 100] [--dtypes bfloat16 float32] [--stages 0 1 2 3 4 5]
-           [--every-configuration] [--json] | --count
+           [--every-configuration] [--json] | --count | --variants
 """
 
 from __future__ import annotations
@@ -69,9 +69,15 @@ class Resources:
     instructions: dict[str, int]
 
 
+# Which blocks are visible, of how many along an axis; changed by `variants`.
+visible = {"mask_ratio": 0.5, "grid": 2}
+
+
 def window(side: int, kernel: int = 3, stride: int = 1, partial: bool = False) -> tuple[BlockMask, WindowGeometry]:
     """A window over a few blocks; `side` is that of the output's."""
-    mask = BlockMask.random(1, 2, side * stride, 0.5, torch.Generator().manual_seed(0))
+    mask = BlockMask.random(
+        1, int(visible["grid"]), side * stride, visible["mask_ratio"], torch.Generator().manual_seed(0)
+    )
     voxels = (torch.rand(mask.num_blocks, *mask.block) < 0.5) if partial else None
     coarse: Triple = (side, side, side)
     geometry = WindowGeometry(
@@ -240,6 +246,19 @@ def table(found: list[Resources], targets: list[int]) -> str:
     return "\n".join(lines)
 
 
+def variants(stage: int) -> set[str]:
+    """Of kernels that masks of all ratios compile, by names and what they are specialised on."""
+    found: set[str] = set()
+    for ratio in (0.3, 0.35, 0.5, 0.6, 0.75, 0.8):
+        visible.update(mask_ratio=ratio, grid=4)
+        side, channels = STAGES[stage]
+        with recorded() as launches_:
+            convolution(torch.bfloat16, side, (channels, channels))
+            others(torch.bfloat16, max(side, 2) // 2, channels)
+        found |= {launch.variant(GPUTarget("cuda", 90, 32)) for launch in launches_}
+    return found
+
+
 def visible_neighbours(mask: BlockMask, tap: Triple) -> Tensor:
     """[V, *block] bool: where the voxel under a tap of a 3x3x3 window is visible."""
     padded = torch.nn.functional.pad(mask.to_dense()[:, 0], (1, 1) * 3)
@@ -293,9 +312,13 @@ def main() -> None:
     parser.add_argument("--every-configuration", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--count", action="store_true")
+    parser.add_argument("--variants", action="store_true")
     options = parser.parse_args()
     if options.count:
         print(count())
+        return
+    if options.variants:
+        print("\n".join(sorted(found for stage in options.stages for found in variants(stage))))
         return
     for module in (conv3d, conv3d_depthwise, conv3d_grad_weight):
         module.multiprocessors = lambda device: MULTIPROCESSORS  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ class FirstUseChecks:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a driver that is too old, no code for this GPU, or a compiler that gives up
-            wrong = reason = f"it cannot run on this machine: {str(error).splitlines()[0]}"
+            wrong = reason = f"it cannot run on this machine: {(str(error).splitlines() or [repr(error)])[0]}"
         self._found[key] = reason
         if wrong is not None:
             warnings.warn(

@@ -19,11 +19,11 @@ SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "triton_resources.py"
 TENSOR_CORES = {80: ("mma",), 90: ("mma", "wgmma"), 100: ("mma", "tcgen05")}
 
 
-def compile_kernels(folder: Path, *arguments: str, timeout: int = 500) -> list[dict[str, Any]]:
-    """In a process of its own, for here Triton interprets."""
+def run(folder: Path, *arguments: str, timeout: int = 500) -> list[str]:
+    """Lines that the script prints, in a process of its own, for here Triton interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", *arguments],
+        [sys.executable, str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -31,7 +31,11 @@ def compile_kernels(folder: Path, *arguments: str, timeout: int = 500) -> list[d
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+def compile_kernels(folder: Path, *arguments: str, timeout: int = 500) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run(folder, "--json", *arguments, timeout=timeout)]
 
 
 def check(found: list[dict[str, Any]]) -> None:
@@ -61,6 +65,17 @@ def test_default_configurations(tmp_path: Path) -> None:
     for target, instruction in ((90, "wgmma"), (100, "tcgen05")):
         forward = [k for k in found if k["target"] == target and k["kernel"] == "conv3d_kernel"]
         assert all(kernel["instructions"][instruction] for kernel in forward), f"sm_{target} without {instruction}"
+
+
+def test_another_mask_compiles_nothing_anew(tmp_path: Path) -> None:
+    kernels = [line.split()[0] for line in run(tmp_path, "--variants", "--stages", "3")]
+    # Some do two things: a convolution has two directions and is fused or not, parts are merged on two levels, a sum is
+    # of both directions of pooling or of winners, a maximum is a value or a tap, gradients have an activation or not.
+    expected = {"conv3d_kernel": 3, "merge_kernel": 2, "sum_kernel": 3, "maximum_kernel": 2, "grad_sums_kernel": 2}
+    for name in sorted(set(kernels)):
+        short = name.rpartition(".")[2]
+        assert kernels.count(name) <= expected.get(short, 1), f"{kernels.count(name)} variants of {name}"
+    assert len(set(kernels)) >= 14
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ INDEX_ROWS = 256  # of a program that fills cells
 MOST_ROWS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["written"])
 def gather_kernel(
     dense,
     blocks,
@@ -75,7 +75,7 @@ def gather_kernel(
     tl.store(addresses(blocks, voxel, channel, channels, WIDE), values, mask=exists[:, None] & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def cells_kernel(
     index,  # [V, 4]
     cells,  # [N, Gd, Gh, Gw], -1 everywhere
@@ -94,7 +94,7 @@ def cells_kernel(
     tl.store(cells + ((n * grid_d + z) * grid_h + y) * grid_w + x, row, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["written"])
 def scatter_kernel(
     blocks,
     fill,

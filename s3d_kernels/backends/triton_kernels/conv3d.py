@@ -56,7 +56,7 @@ from .window import (
 _PROGRAMS = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "voxels", "tiles_m", "splits"])
 def conv3d_kernel(
     gathered,  # [voxels, groups * k]
     packed,  # [groups, taps, k, n]
@@ -119,6 +119,9 @@ def conv3d_kernel(
         taps_y = taps_along(class_y, 1, SHAPE)
         taps_x = taps_along(class_x, 2, SHAPE)
         taps = taps_z * taps_y * taps_x
+        # A class that is under no tap has no steps, but the pipeline computes addresses ahead.
+        taps_y = tl.maximum(taps_y, 1)
+        taps_x = tl.maximum(taps_x, 1)
         taps_of_split = tl.cdiv(taps, splits)
         first = split * taps_of_split
         last = tl.minimum(first + taps_of_split, taps)
@@ -243,7 +246,7 @@ def _step(
     return multiply(a, b, sums, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["voxels", "splits"])
 def add_parts_kernel(
     parts,  # [splits, voxels, channels] float32
     bias,  # [channels]

@@ -35,7 +35,7 @@ def applies(weight: Tensor, groups: int) -> bool:
     return 1 < groups == len(weight) and weight.shape[1] == 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def conv3d_depthwise_kernel(
     gathered,  # [voxels, channels]
     packed,  # [taps, channels]
@@ -67,7 +67,11 @@ def conv3d_depthwise_kernel(
     sums = tl.zeros((TILE_M, TILE_C), tl.float32)
     taps_y = taps_along(class_y, 1, SHAPE)
     taps_x = taps_along(class_x, 2, SHAPE)
-    for number in tl.range(0, taps_along(class_z, 0, SHAPE) * taps_y * taps_x, num_stages=3):
+    taps = taps_along(class_z, 0, SHAPE) * taps_y * taps_x
+    # A class that is under no tap has no steps, but the pipeline computes addresses ahead.
+    taps_y = tl.maximum(taps_y, 1)
+    taps_x = tl.maximum(taps_x, 1)
+    for number in tl.range(0, taps, num_stages=3):
         tap_x = tap_along(number % taps_x, class_x, 2, SHAPE)
         tap_y = tap_along(number // taps_x % taps_y, class_y, 1, SHAPE)
         tap_z = tap_along(number // taps_x // taps_y, class_z, 0, SHAPE)
@@ -86,7 +90,7 @@ def conv3d_depthwise_kernel(
     tl.store(written + to, sums.to(written.dtype.element_ty), mask=exists[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "splits"])
 def conv3d_depthwise_grad_weight_kernel(
     x_,  # [voxels, channels]
     grad,  # [units, channels]

@@ -34,7 +34,7 @@ from .window import Window, forward_window, place_of, source_of
 _LEAST_VOXELS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "splits"])
 def conv3d_grad_weight_kernel(
     x_,  # [voxels, groups * k]
     grad,  # [units, groups * n]
@@ -124,7 +124,7 @@ def conv3d_grad_weight_kernel(
     tl.store(parts + to, sums, mask=inside_m[:, None] & inside_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "splits"])
 def column_sums_kernel(
     grad,  # [units, channels]
     written_voxels,

@@ -55,7 +55,7 @@ def merged_rows(
     return total, centre, tl.sum(squares + difference * difference * count, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts_per_block", "splits"])
 def merge_kernel(
     counts,  # [parts]
     means,  # [parts, C]

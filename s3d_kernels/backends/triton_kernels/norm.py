@@ -88,7 +88,7 @@ def line_of(table, sample, channel, channels):
     return tl.load(table + sample * channels + channel, mask=channel < channels, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def statistics_kernel(
     x,
     counts,  # [N, splits]
@@ -119,7 +119,7 @@ def statistics_kernel(
     tl.store(squares + part * channels + channel, spread_of_all, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def apply_kernel(
     x,
     residual,  # or None
@@ -155,7 +155,7 @@ def apply_kernel(
         tl.store(y + at, values, mask=inside & exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "all_parts"])
 def grad_sums_kernel(
     grad,
     x,
@@ -205,7 +205,7 @@ def grad_sums_kernel(
     tl.store(to + all_parts * channels, product * deviation, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "all_parts"])
 def add_parts_kernel(
     parts,  # [2, N, splits, C]
     of_grad,  # [N, C]
@@ -232,7 +232,7 @@ def add_parts_kernel(
     tl.store(of_product + sample * channels + channel, tl.sum(products, 0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def grad_input_kernel(
     grad,
     x,

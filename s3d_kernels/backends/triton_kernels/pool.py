@@ -88,7 +88,7 @@ def taps_inside(target_index, row, z, y, x, exists, depth, height, width, SHAPE:
     return (tl.maximum(count_z, 1) * tl.maximum(count_y, 1) * tl.maximum(count_x, 1)).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def sum_kernel(
     gathered,
     winners,  # [gathered voxels, C]: only the tap of this number counts; or None
@@ -145,7 +145,7 @@ def sum_kernel(
     tl.store(addresses(written, voxel, channel, channels, WIDE), sums, mask=exists[:, None] & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def maximum_kernel(
     x,
     out,  # [output voxels, C]: the maximum, or its tap

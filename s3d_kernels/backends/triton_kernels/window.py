@@ -91,6 +91,9 @@ def _window(geometry: WindowGeometry, transposed: bool) -> Window:
     return Window(shape, table.contiguous(), flags_of(gathered), flags_of(written), index)
 
 
+# Kernels are not specialised on numbers that follow from how many blocks are visible, or each mask would compile anew.
+
+
 @triton.jit
 def place_of(unit, SHAPE: tl.constexpr):
     """Row of a unit's block and coordinates of the unit in it."""

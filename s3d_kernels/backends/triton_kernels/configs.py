@@ -116,6 +116,8 @@ class ConvClass:
     def _registers_suffice(self, config: ConvConfig) -> bool:
         sums = config.tile_m * config.tile_n // (32 * config.warps)
         rows = config.tile_m * config.tile_k * self.dtype.itemsize // (128 * config.warps)  # in registers, if fused
+        if self.k_channels % 8 or self.n_channels % 8:  # each number is copied by itself, and has an address
+            return 4 <= sums <= 16 and config.tile_m * config.tile_k <= 2048 and config.buffers == 2
         return 4 <= sums <= (32 if self.exact else 64) and rows <= (16 if self.fused else 64)
 
     def shared_bytes(self, config: ConvConfig) -> int:
@@ -168,7 +170,9 @@ class GradWeightClass:
             and config.tile_n <= most_n
             and (config.tile_k == 16) == self.exact
             and config.buffers <= _most_buffers(self.flat)
-            and min(8, most_m * most_n // 128)
+            # The inputs of (tap, channel) pairs, and of odd numbers of channels, have an address each.
+            and config.tile_k * config.tile_m <= (2048 if self.flat or self.k_channels % 8 else 8192)
+            and min(4, most_m * most_n // 128)
             <= config.tile_m * config.tile_n // (32 * config.warps)
             <= (32 if self.exact else 64)
             and self.shared_bytes(config) <= MAX_SHARED_BYTES

@@ -30,6 +30,8 @@ Source    Implicit GEMM over a gather, as in Tang et al., TorchSparse++ (MICRO 2
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -92,7 +94,11 @@ def conv3d_kernel(
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    K_DIVISOR: tl.constexpr,  # of k_channels, so that rows are copied in chunks of so many numbers
+    N_DIVISOR: tl.constexpr,
 ):
+    k_channels = k_channels // K_DIVISOR * K_DIVISOR  # in a form from which the compiler sees it
+    n_channels = n_channels // N_DIVISOR * N_DIVISOR
     tiles_n = tl.cdiv(n_channels, TILE_N)
     columns = groups * tiles_n
     tiles = tiles_m * splits * columns
@@ -399,6 +405,8 @@ def _run(
             SPLIT=splits > 1,
             WIDE=wide,
             PRECISION=precision(written.dtype),
+            K_DIVISOR=math.gcd(k_channels, 16),
+            N_DIVISOR=math.gcd(n_channels, 16),
             num_warps=config.warps,
         )
         if splits > 1:

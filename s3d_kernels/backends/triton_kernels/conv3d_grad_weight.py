@@ -55,7 +55,11 @@ def conv3d_grad_weight_kernel(
     FLAT: tl.constexpr,  # channels of a group, or 0
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    K_DIVISOR: tl.constexpr,  # of k_channels, so that rows are copied in chunks of so many numbers
+    N_DIVISOR: tl.constexpr,
 ):
+    k_channels = k_channels // K_DIVISOR * K_DIVISOR  # in a form from which the compiler sees it
+    n_channels = n_channels // N_DIVISOR * N_DIVISOR
     taps: tl.constexpr = SHAPE.KERNEL[0] * SHAPE.KERNEL[1] * SHAPE.KERNEL[2]
     rows = k_channels * taps if FLAT > 0 else k_channels  # of the matrix of a tap, or of all
     tiles_n = tl.cdiv(n_channels, TILE_N)
@@ -198,6 +202,8 @@ def _products(window: Window, grad: Tensor, x: Tensor, k_channels: int, n_channe
             FLAT=k_channels if flat else 0,
             WIDE=is_wide(x, grad),
             PRECISION=precision(x.dtype),
+            K_DIVISOR=math.gcd(k_channels, 16),
+            N_DIVISOR=math.gcd(n_channels, 16),
             num_warps=config.warps,
         )
         return parts.sum(0).permute(0, 3, 2, 1)

@@ -135,7 +135,8 @@ def _run(case: Case, mask: BlockMask, dtype: torch.dtype, backend: str) -> list[
 
     x = draw(mask.batch, CHANNELS, *mask.shape).requires_grad_()
     weights = [draw(*shape).requires_grad_() for shape in case.weights]
-    with use_backend(backend):
+    # Without TF32, which torch allows convolutions by default: it would hide errors a hundred times as large.
+    with use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         y = case.function(BlockSparseTensor.from_dense(x, mask), weights).to_dense()
         gradients = torch.autograd.grad(y, [x, *weights], draw(*y.shape))
     return [y.detach(), *gradients]

@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from contenders import CONTENDERS
+from contenders import CONTENDERS, able
 from report import write_report
 from settings import Settings
-
-from s3d_kernels import explain
-from s3d_kernels.backends import BlocksProblem
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,9 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def settings(request: pytest.FixtureRequest) -> Settings:
     option = request.config.getoption
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = explain(BlocksProblem(device, torch.float32, 1, (4, 4, 4), partial=False))
-    able = tuple(name for name in CONTENDERS if reasons.get(name) is None)
-    names = tuple(option("--contenders").split(",")) if option("--contenders") else able
+    names = tuple(option("--contenders").split(",")) if option("--contenders") else able(device, torch.float32)
     unknown = set(names) - set(CONTENDERS)
     if unknown:
         raise pytest.UsageError(f"--contenders must be of {', '.join(CONTENDERS)}, got {', '.join(sorted(unknown))}")

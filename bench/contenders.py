@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, to_sparse, use_backend
+from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, explain, to_sparse, use_backend
+from s3d_kernels.backends import BlocksProblem
 
 Step = Callable[[], None]
 
@@ -103,3 +104,9 @@ CONTENDERS: dict[str, Callable[[nn.Module, Tensor, BlockMask], tuple[nn.Module, 
     "dense": _dense,
     **{name: _sparse(name) for name in REGISTRY},
 }
+
+
+def able(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Those that can compute here."""
+    reasons = explain(BlocksProblem(device, dtype, 1, (4, 4, 4), partial=False))
+    return tuple(name for name in CONTENDERS if not isinstance(reasons.get(name), str))

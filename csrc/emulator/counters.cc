@@ -1,7 +1,6 @@
 #include "emulator/counters.h"
 
 #include <algorithm>
-#include <tuple>
 
 namespace s3d::emulator {
 namespace {
@@ -68,36 +67,30 @@ void count_instruction(const Access* const (&lanes)[kLanes], const Access& one, 
   }
 }
 
-// Lanes that took different ways: numbers each lane's visits to a line and puts equal numbers together.
+// Lanes that took different ways: the visits of a line with equal numbers, counted by each lane, are put together.
 void count_diverged(std::vector<Access>* const (&logs)[kLanes], Counters& counters) {
   struct Visit {
-    const Access* access;
-    int lane, number;
-    auto place() const { return std::tuple(access->file, access->line, access->kind, access->bytes); }
+    const Access* lanes[kLanes] = {};
   };
-  std::vector<Visit> visits;
+  struct Place {
+    const Access* one;
+    std::vector<Visit> visits;
+    size_t seen;  // by the present lane
+  };
+  std::vector<Place> places;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (logs[lane] == nullptr) continue;
-    const size_t first = visits.size();
-    for (const Access& access : *logs[lane]) visits.push_back({&access, lane, 0});
-    const auto mine = visits.begin() + first;
-    std::stable_sort(mine, visits.end(), [](const Visit& a, const Visit& b) { return a.place() < b.place(); });
-    for (auto visit = mine; visit != visits.end(); ++visit) {
-      const bool again = visit != mine && (visit - 1)->place() == visit->place();
-      visit->number = again ? (visit - 1)->number + 1 : 0;
+    for (Place& place : places) place.seen = 0;
+    for (const Access& access : *logs[lane]) {
+      auto place = std::find_if(places.begin(), places.end(),
+                                [&](const Place& other) { return same_instruction(*other.one, access); });
+      if (place == places.end()) place = places.insert(place, {&access, {}, 0});
+      if (place->seen == place->visits.size()) place->visits.emplace_back();
+      place->visits[place->seen++].lanes[lane] = &access;
     }
   }
-  const auto instruction = [](const Visit& visit) { return std::tuple_cat(visit.place(), std::tuple(visit.number)); };
-  std::sort(visits.begin(), visits.end(),
-            [&](const Visit& a, const Visit& b) { return instruction(a) < instruction(b); });
-  for (size_t first = 0; first < visits.size();) {
-    const Access* lanes[kLanes] = {};
-    size_t end = first;
-    for (; end < visits.size() && instruction(visits[end]) == instruction(visits[first]); ++end) {
-      lanes[visits[end].lane] = visits[end].access;
-    }
-    count_instruction(lanes, *visits[first].access, counters);
-    first = end;
+  for (const Place& place : places) {
+    for (const Visit& visit : place.visits) count_instruction(visit.lanes, *place.one, counters);
   }
 }
 

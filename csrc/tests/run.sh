@@ -171,7 +171,7 @@ emulator_ucontext() {
 
 cuda() {
   build_emulated "$work/cuda/test_cuda" "$(echo "$csrc"/cuda/*.cu "$csrc"/cuda/tests/*.c[cu])"
-  "$work/cuda/test_cuda"
+  "$work/cuda/test_cuda" --list | xargs -n 1 -P "$(nproc)" "$work/cuda/test_cuda"
 }
 
 # The table in docs/performance.md.

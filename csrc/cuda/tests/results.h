@@ -106,6 +106,7 @@ void check_result(const std::string& what, const Expected& expected, const Toler
 }
 
 void test_conv3d();
+void test_conv3d_halo();
 void test_conv3d_stem();
 void test_conv3d_depthwise();
 void count();

@@ -1,4 +1,6 @@
 // Convolution and the gradient of its input: random masks, every kind of window, odd numbers of channels, groups.
+#include <iterator>
+
 #include "cuda/tests/convolution.h"
 
 namespace s3d::cuda::test {
@@ -155,6 +157,10 @@ void test_conv3d() {
   for (const Case& c : kCases) {
     for (const double visible : {1.0, 0.6}) check_case(c, ++seed, visible, false);
   }
+}
+
+void test_conv3d_halo() {
+  uint64_t seed = 1 + 2 * std::size(kCases);
   for (const Case& c : kHaloCases) {
     for (const double visible : {1.0, 0.6}) check_case(c, ++seed, visible, true);
   }

@@ -105,6 +105,18 @@ def test_half_precision(channels: tuple[int, int], dtype: torch.dtype, interpret
     check(interpreted, conv_case(channels, *WINDOWS["1x3x3"]), MASKS["side 4, unequal"](), dtype, str(channels))
 
 
+@pytest.mark.parametrize("channels", [(3, 8), (20, 24), (6, 6)], ids=str)
+def test_masked_voxels_of_the_result_are_zero(channels: tuple[int, int], interpreted: TritonBackend) -> None:
+    mask = MASKS["voxels"]()
+    assert mask.voxels is not None
+    x = BlockSparseTensor.from_dense(torch.randn(1, channels[0], *mask.shape, generator=seeded(0)), mask)
+    groups = 6 if channels == (6, 6) else 1
+    weight = torch.randn(channels[1], channels[0] // groups, 1, 1, 3, generator=seeded(1))
+    with use_backend(interpreted.name):
+        y = functional.sparse_conv3d(x, weight, torch.ones(channels[1]), 1, (0, 0, 1), groups).blocks
+    assert bool((y[~mask.voxels] == 0).all())
+
+
 def test_groups_of_many_channels(interpreted: TritonBackend) -> None:
     check(interpreted, conv_case((40, 34), *WINDOWS["1x3x3"], groups=2), MASKS["side 2"](), torch.float32, "groups")
 

@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -42,6 +42,7 @@ from .masking import MaskSampler
 from .model import PRESETS, S3D, build_unet
 from .report import loss_figure, reconstruction_figure, save_figure
 from .training_log import TrainingLog
+from .training_step import VALIDATION_MASKS, TrainingStep, autocast, build_training
 
 log = logging.getLogger(__name__)
 
@@ -153,9 +154,6 @@ class PretrainConfig:
 
 MAX_VALIDATION_CASES = 64
 
-# Streams of masks, so that no training step shares a mask with validation.
-_TRAINING, _VALIDATION = 0, 1
-
 # A resumed run may differ in these without becoming another run.
 _RESUMABLE_FIELDS = frozenset(
     {"output_dir", "cache_dir", "device", "workers", "validate_every", "checkpoint_every", "log_every"}
@@ -210,32 +208,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
                 checkpoint=checkpoint_path,
             )
 
-    summary = preprocess(
-        find_images(config.images),
-        config.cache_dir or output / "volumes",
-        spacing_mm=config.spacing_mm,
-        skip_bad=config.skip_bad,
-        workers=config.workers,
-    )
-    log.info("%s", summary)
-    store = VolumeStore(config.cache_dir or output / "volumes")
-    training, validation = split_cases(store, config.validation_fraction, config.seed)
+    store, training, validation = prepare_volumes(config)
     data = _data_record(store, training, validation)
     if saved is not None:
         _check_same_data(data, saved["data"], output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps(_plain(config), indent=2) + "\n")
 
-    torch.manual_seed(config.seed)
-    unet = build_unet(config.preset)
-    model = S3D(unet, sparse=config.sparse, mask_tokens=config.mask_tokens, densify=config.densify).to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        config.learning_rate,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )
+    model, optimizer = build_training(config, device)
     start_step, initial_loss, validation_loss = 0, float("nan"), float("nan")
     if saved is not None:
         model.load_state_dict(_join_state(saved))
@@ -244,8 +224,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         validation_loss = saved["validation_loss"]
         log.info("resuming at step %d of %d from %s", start_step, config.steps, checkpoint_path)
 
-    sampler = MaskSampler(config.patch_size, config.mask_block, config.mask_ratio, config.seed)
-    batches = _batches(config, store, training, start_step, device)
+    batches = training_batches(config, store, training, start_step, device)
+    train = TrainingStep(config, model, optimizer, device)
     validator = Validator(config, store, validation or training, device)
     training_log = TrainingLog(output, start_step)
     step_seconds: list[float] = []
@@ -274,22 +254,13 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         while step < config.steps and not stop:
             begin = time.perf_counter()
             try:
-                batch = next(batches)
+                x = train.read(batches)
             except RuntimeError:
                 # A signal that stops all processes of a job may end the workers before this one has read it.
                 if stop:
                     break
                 raise
-            x: Tensor = batch["image"].to(device, non_blocking=True)
-            mask = sampler(config.batch_size, _TRAINING, step, device=device)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - step / config.steps) ** 0.9
-            with _autocast(config, device):
-                loss = masked_mse(model(x, mask), x, mask)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            optimizer.step()
+            loss, norm = train(x, step)
             step += 1
 
             if step % config.log_every == 0 or step == config.steps:
@@ -343,7 +314,7 @@ class Validator:
         """Patches [1, 1, D, H, W] and their masks."""
         for number, case in enumerate(self.cases):
             patch = validation_patch(self.store, case, self.config.patch_size)[None].to(self.device)
-            yield patch, self.sampler(1, _VALIDATION, number, device=self.device)
+            yield patch, self.sampler(1, VALIDATION_MASKS, number, device=self.device)
 
     def __call__(self, model: S3D, training_log: TrainingLog, step: int) -> float:
         """Mean loss over the patches; writes it and a picture of the first patch."""
@@ -351,7 +322,7 @@ class Validator:
         losses = []
         with torch.no_grad():
             for patch, mask in self._problems():
-                with _autocast(self.config, self.device):
+                with autocast(self.config, self.device):
                     reconstruction = model(patch, mask)
                 losses.append(float(masked_mse(reconstruction, patch, mask)))
                 if len(losses) == 1:
@@ -388,7 +359,26 @@ def _join_state(saved: dict[str, Any]) -> dict[str, Tensor]:
     return {**{f"unet.{name}": value for name, value in saved["network"].items()}, **saved["method"]}
 
 
-def _batches(
+def prepare_volumes(config: PretrainConfig) -> tuple[VolumeStore, list[int], list[int]]:
+    """Preprocess the images that are not yet. Returns: the volumes, and which are for training and for validation.
+
+    Raises:
+        BadImageError: an image cannot be used (and not ``skip_bad``).
+    """
+    folder = config.cache_dir or config.output_dir / "volumes"
+    summary = preprocess(
+        find_images(config.images),
+        folder,
+        spacing_mm=config.spacing_mm,
+        skip_bad=config.skip_bad,
+        workers=config.workers,
+    )
+    log.info("%s", summary)
+    store = VolumeStore(folder)
+    return store, *split_cases(store, config.validation_fraction, config.seed)
+
+
+def training_batches(
     config: PretrainConfig, store: VolumeStore, cases: list[int], start_step: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """The batches of the remaining steps; sample i of the run is the same whenever it is asked for."""
@@ -446,12 +436,6 @@ def _closing(training_log: TrainingLog) -> Iterator[None]:
         yield
     finally:
         training_log.close()
-
-
-def _autocast(config: PretrainConfig, device: torch.device) -> Any:
-    if config.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, config.precision))
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""The command line: `s3d pretrain`, `s3d demo`. Options come from the dataclasses of the commands."""
+"""The command line: `s3d pretrain`, `s3d profile`, `s3d demo`. Options come from the dataclasses of the commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 from .data import BadImageError
 from .demo import DemoConfig, demo
 from .pretrain import PretrainConfig, PretrainResult, pretrain
+from .profiling import ProfileConfig, profile
 
 
 def _pretrain(config: PretrainConfig) -> None:
@@ -26,11 +27,17 @@ def _pretrain(config: PretrainConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. Mistakes of the user end with one line on standard error and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands: dict[str, Callable[..., DemoConfig | PretrainConfig]] = {"pretrain": PretrainConfig, "demo": DemoConfig}
+    commands: dict[str, Callable[..., DemoConfig | PretrainConfig | ProfileConfig]] = {
+        "pretrain": PretrainConfig,
+        "profile": ProfileConfig,
+        "demo": DemoConfig,
+    }
     config = tyro.extras.subcommand_cli_from_dict(commands, prog="s3d", args=arguments)
     try:
         if isinstance(config, DemoConfig):
             demo(config)
+        elif isinstance(config, ProfileConfig):
+            profile(config)
         else:
             _pretrain(config)
     except KeyboardInterrupt:

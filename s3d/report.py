@@ -105,6 +105,43 @@ def loss_figure(log: Path, baseline: float | None = None) -> Figure:
     return figure
 
 
+def memory_figure(
+    milliseconds: list[float],  # since the beginning of the step
+    present: dict[str, list[int]],  # bytes by kind, one for each time
+    phases: list[tuple[str, float, float]],  # name, begin and end in milliseconds
+) -> Figure:
+    """Memory over a step, stacked by the kind of operator that took it, with the phases named above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours = ["0.8"] * ("before" in present) + [f"C{number}" for number in range(10)] * 2
+    sizes = np.array([present[kind] for kind in present], dtype=float).reshape(len(present), -1) / 2**20
+    if sizes.size:
+        # Columns of pixels, each at the moment of its peak: a step has a hundred thousand moments.
+        column = np.digitize(milliseconds, np.linspace(0, max(milliseconds), 1500))
+        order = np.lexsort((sizes.sum(0), column))
+        chosen = np.sort(order[np.append(np.diff(column[order]) > 0, True)])
+        labels = {"before": "taken before, given back here"}
+        axes.stackplot(
+            np.array(milliseconds)[chosen],
+            sizes[:, chosen],
+            labels=[labels.get(kind, kind) for kind in present],
+            colors=colours[: len(present)],
+            step="post",
+        )
+        handles, names = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
+    for name, begin, end in phases:
+        axes.axvline(end, color="0.3", linewidth=0.8, linestyle="--")
+        axes.text((begin + end) / 2, 1.01, name, transform=axes.get_xaxis_transform(), ha="center")
+    axes.set_xlabel("ms since the step began")
+    axes.set_ylabel("MiB, by who took it")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG of 110 dots per inch."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch.profiler import profile as torch_profile
 
 from s3d_kernels import use_backend
 
-from .layer_ranges import layer_ranges
+from .layer_ranges import Layer, layer_ranges
 from .pretrain import PretrainConfig, choose_device, prepare_volumes, training_batches
 from .report import memory_figure, save_figure
 from .step_trace import Row, StepTrace
@@ -212,8 +212,9 @@ def profile_steps(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TRACE
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    naming: AbstractContextManager[dict[str, Layer]] = layer_ranges(model) if model is not None else nullcontext({})
     with (
-        layer_ranges(model) if model is not None else nullcontext({}) as layers,
+        naming as layers,
         torch_profile(
             activities=activities,
             schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),

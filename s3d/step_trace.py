@@ -1,9 +1,9 @@
 """Reads a trace of torch.profiler: which layer, stage and kind each operator and each byte belongs to.
 
 The trace is the JSON that ``export_chrome_trace`` writes. Events of a thread nest; an operator belongs to the innermost
-range with the name of a layer around it. An operator of backward belongs to the layer whose operator made the node of the
-graph that is computed: both bear the node's sequence number. The accumulation of a gradient has none; it belongs to the
-node before it. What backward computes again (see ``s3d_kernels.recompute``) belongs to the layer that needed it.
+range with the name of a layer around it. An operator of backward belongs to the layer whose operator made the node of
+the graph that is computed: both bear the node's sequence number. The accumulation of a gradient has none; it belongs to
+the node before it. What backward computes again (see ``s3d_kernels.recompute``) belongs to the layer that needed it.
 
 A kind is that of the phase (data, loss, optimiser), else decoder or tokens by the layer, else that of the operator of
 s3d_kernels (a norm that runs in a convolution's backward is a norm), else that of the layer.
@@ -44,7 +44,8 @@ _OPERATORS = {
 }
 _OF_LAYER = ("decoder", "tokens")  # kinds that take in all operators of a layer
 _NODE = "autograd::engine::evaluate_function: "
-_HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
+_LAUNCHES = ("cuda_runtime", "cuda_driver")
+_HOST = ("cpu_op", "user_annotation", *_LAUNCHES)
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _STEP = re.compile(r"ProfilerStep#\d+$")
 
@@ -257,11 +258,7 @@ class StepTrace:
             idle = float(sum(step.end - step.start for step in self.steps))
             for event in self.events:
                 busy = self._device_ns.get(event.arguments.get("correlation", -1), 0)
-                if (
-                    busy
-                    and event.category in ("cuda_runtime", "cuda_driver")
-                    and self._step_of(event.start) is not None
-                ):
+                if busy and event.category in _LAUNCHES and self._step_of(event.start) is not None:
                     idle -= busy
                     yield event.place, busy, True
             yield Place(), idle, False

@@ -280,7 +280,8 @@ class StepTrace:
         """Memory over the last step.
 
         Returns: milliseconds since its beginning; bytes that are there, by the kind that took them ("before": what was
-            taken before recording began and is given back in it); and name, begin and end of forward and backward.
+            taken before recording began and is given back in it; torch does not tell of a CPU's); and name, begin and
+            end of forward and backward. What was taken before and stays, such as weights, is not counted.
         """
         step = self.steps[-1]
         kinds = ("before", *KINDS)

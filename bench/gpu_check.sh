@@ -60,7 +60,8 @@ part layers 120 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --rou
   --contenders native,triton,torch --results "$folder/layers"
 part steps 150 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --rounds 5 -k encoder_step \
   --mask-ratios 0.75 --contenders "native,triton,torch,dense masked" --results "$folder/steps"
-part profile 60 "$python" bench/profile_step.py "$folder"
+part profile 90 "$python" -m s3d profile --output-dir "$folder/profile" --preset resenc-l --patch-size 160 160 160 \
+  --mask-block 32 --batch-size 1 --precision bfloat16 --steps 2
 
 echo
 cat "$summary"

@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _pretrain(config)
     except KeyboardInterrupt:
-        print("s3d: interrupted; the same command goes on from what was saved", file=sys.stderr)
+        saved = "" if isinstance(config, ProfileConfig) else "; the same command goes on from what was saved"
+        print(f"s3d: interrupted{saved}", file=sys.stderr)
         sys.exit(130)
     except (BadImageError, ValueError, FileNotFoundError, FloatingPointError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, record_function
@@ -356,6 +359,16 @@ def test_command_line_prints_the_table_and_where_to_look(tmp_path: Path, capsys:
     assert {row["stage"] for row in rows if row["kind"] == "norm"} == {0, 1, 2}
 
 
+def test_real_images_come_through_the_loader(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    volume = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "images" / "one.nii.gz")
+    settings = {**TINY, "patch_size": (16, 16, 16), "images": (str(tmp_path / "images"),), "workers": 0}
+    result = profile(ProfileConfig(output_dir=tmp_path / "p", steps=1, warmup=1, **settings))
+    assert any(e["name"].startswith("enumerate(DataLoader)#") for e in events(result.folder))
+    assert next(row for row in result.rows if row.kind == "data").forward_ms > 0
+
+
 def test_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["profile", "--help"])
@@ -393,7 +406,6 @@ def _has_plugin() -> bool:
     return True
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not _has_plugin(), reason="torch-tb-profiler is not installed (extra: profile)")
 def test_the_plugin_of_tensorboard_shows_it(recorded: tuple[Profile, float], tmp_path: Path) -> None:
     """What the plugin's page asks for, from the plugin itself."""
@@ -410,8 +422,6 @@ def test_the_plugin_of_tensorboard_shows_it(recorded: tuple[Profile, float], tmp
             with urllib.request.urlopen(url, timeout=30) as answer:
                 body = answer.read()
             if answer.headers.get("Content-Encoding") == "gzip":
-                import gzip
-
                 body = gzip.decompress(body)
             return json.loads(body)
 

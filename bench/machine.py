@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "spconv-cu120", "numpy", "dynamic-network-architectures", "pytest-benchmark", "s3d")
+PACKAGES = ("triton", "spconv-cu120", "numpy", "dynamic-network-architectures", "pytest-benchmark", "s3d")
 
 
 def device() -> str:
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
         clocks = [float(clock) for clock in re.findall(r"cpu MHz\s*: (.*)", text)]
     on_gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if on_gpu else f"{processor}, {torch.get_num_threads()} threads"
-    versions = {}
+    versions = {"torch": torch.__version__}  # with the CUDA version, which the package's metadata does not have
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -164,6 +164,7 @@ def _figures_of(case: Case) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "visible_voxels": visible,
         "voxels": voxels,
+        "threads_used": torch.get_num_threads(),
         "multiplication_flop_per_second": multiplication_rate(case.torch_dtype),
         "copy_bytes_per_second": copy_rate(),
     }

@@ -34,23 +34,36 @@ def main() -> int:
     options = parser.parse_args()
     results = ROOT / "bench" / "results"
     folders = [options.folder] if options.folder else sorted(path.parent for path in results.glob("*/encoder.json"))
-    texts: dict[Path, str] = {}
     tables: dict[str, str] = {}
+    stale: list[Path] = []
     for folder in folders:
-        machine, rows = read_all(folder)
-        for name, table in tables_of(machine, rows).items():
-            tables[f"{folder.name} {name}"] = table
-            texts[folder / f"{name}.md"] = table + "\n"
-        if not options.check:
-            draw(rows, machine, folder)
-    if not options.folder:
-        texts.update({ROOT / name: insert((ROOT / name).read_text(), tables, name) for name in DOCUMENTS})
-    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+        found = tables_of(*read_all(folder))
+        tables.update({f"{folder.name} {name}": table for name, table in found.items()})
+        if options.check:
+            paths = {folder / f"{name}.md": table + "\n" for name, table in found.items()}
+            stale += [path for path, text in paths.items() if not path.exists() or path.read_text() != text]
+        else:
+            write_folder(folder)
+    for path in [] if options.folder else [ROOT / name for name in DOCUMENTS]:
+        document = path.read_text()
+        new = insert(document, tables, path.name)
+        if options.check:
+            stale += [path] if new != document else []
+        else:
+            path.write_text(new)
     for path in stale:
-        print(f"{'not what the results say' if options.check else 'written'}: {path}")
-        if not options.check:
-            path.write_text(text=texts[path])
-    return 1 if options.check and stale else 0
+        print(f"not what the results say, run bench/report.py: {path}")
+    return 1 if stale else 0
+
+
+def write_folder(folder: Path) -> str:
+    """Write the tables and plots of one machine beside its results. Returns: the tables."""
+    machine, rows = read_all(folder)
+    tables = tables_of(machine, rows)
+    for name, table in tables.items():
+        (folder / f"{name}.md").write_text(table + "\n")
+    draw(rows, machine, folder)
+    return "\n\n".join(tables.values())
 
 
 def read_all(folder: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:

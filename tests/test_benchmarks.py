@@ -13,6 +13,7 @@ from typing import Any
 
 import compare
 import contenders
+import peers
 import pytest
 import report
 import rows
@@ -97,7 +98,43 @@ def test_what_a_backend_cannot_compute_is_skipped_by_name(monkeypatch: pytest.Mo
     assert turns.measure(case, ["torch"], rounds=1, seconds=0.0, memory=False)["torch"].why_not == reason
 
 
-@pytest.mark.parametrize(("name", "pairs"), [("stage 1 conv 3", 7 * 8**2 * 27), ("stage 1 conv 1", 0)])
+class Dense:
+    """A package that convolves lists of voxels as any other would, though densely."""
+
+    def __init__(self, wrong: float = 0.0) -> None:
+        self.wrong = wrong
+
+    def why_not(self, device: str) -> str | None:
+        return None
+
+    def prepare(
+        self, coordinates: torch.Tensor, shape: tuple[int, int, int], batch: int, weight: nn.Parameter
+    ) -> peers.Prepared:
+        place = tuple(coordinates.long().T)
+
+        def convolve(features: torch.Tensor) -> torch.Tensor:
+            dense = features.new_zeros(batch, *shape, features.shape[1]).index_put(place, features + self.wrong)
+            y = nn.functional.conv3d(dense.permute(0, 4, 1, 2, 3), weight, padding=1)
+            return y.permute(0, 2, 3, 4, 1)[place]
+
+        return peers.Prepared(convolve, weight)
+
+
+def test_other_packages_get_the_visible_voxels_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contenders.PEERS, "fVDB", Dense())
+    case = dataclasses.replace(LAYER, batch_size=2)
+    assert "fVDB" in contenders.able(case, "cpu")
+    assert "fVDB" not in contenders.able(dataclasses.replace(case, layer="stage 1 norm"), "cpu")
+    assert turns.measure(case, ["fVDB"], rounds=1, seconds=0.0, memory=False)["fVDB"].seconds["both"]
+    run = turns.prepare(case, "fVDB")
+    run.forward().sum().backward()
+    assert all(parameter.grad is not None for parameter in run.network.parameters())
+    monkeypatch.setitem(contenders.PEERS, "fVDB", Dense(wrong=0.01))
+    with pytest.raises(AssertionError, match="fVDB is wrong by"):
+        turns.measure(case, ["fVDB"], rounds=1, seconds=0.0, memory=False)
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("stage 1 conv 3", 10**3), ("stage 1 conv 1", 4**3)])
 def test_work_is_counted_from_the_mask(name: str, pairs: int) -> None:
     """One visible block of 4^3: 10^3 pairs of a 3x3x3 window; 64 of a 1x1x1 one."""
     mask = BlockMask.from_grid(torch.tensor([[[[True, False]]]]), 4)
@@ -106,7 +143,7 @@ def test_work_is_counted_from_the_mask(name: str, pairs: int) -> None:
     channels = 8
     per_pair = 2 * layer.channels * channels
     work = work_of(layer.make(), x, 64, channels)
-    assert work.flop == (1000 if name.endswith("3") else 64) * per_pair
+    assert work.flop == pairs * per_pair
     assert work.forward_bytes == 64 * (layer.channels + channels) * 4
     assert work.backward_bytes == 64 * (2 * layer.channels + channels) * 4
 

@@ -153,9 +153,9 @@ def test_layers(settings: Settings, results: list[dict[str, Any]], benchmark: Be
                     contenders[DIRECT] = _sparse(copy.deepcopy(layer), x, DIRECT)
                     contenders["dense"] = peers.dense_convolution(channels, mask, torch.contiguous_format)
                     contenders["dense, channels last"] = peers.dense_convolution(channels, mask, torch.channels_last_3d)
-                    spconv = peers.spconv_convolution(channels, mask)
-                    if spconv is not None:
-                        contenders["spconv"] = spconv
+                    layer_of_spconv = peers.spconv_convolution(channels, mask)
+                    if layer_of_spconv is not None:
+                        contenders["spconv's own layer"] = layer_of_spconv
                 rate = _multiplication_rate()
                 for contender, (forward_seconds, step_seconds) in _take_turns(contenders, settings.rounds).items():
                     row = {

@@ -5,8 +5,8 @@ spconv knows points and not blocks: features are rows [P, C], one a visible voxe
 masked voxels; here the lists are made from the geometry of the operator, so that the output set is the mask's, and
 with them spconv does the arithmetic: for each tap gather the rows, multiply by the tap's matrix, add to the outputs.
 
-    forward          indice_conv
-    grad of input    indice_conv on the same lists read the other way round, with the transposed weight
+    forward          indice_conv; on a GPU implicit_gemm, from the same lists, for up to 32 taps
+    grad of input    the same on the lists read the other way round, with the transposed weight
     grad of weight   indice_conv_backward, which computes the gradient of the input too; that one is dropped
 
 Lists are made once for a mask and a window and die with the mask. What spconv does not have (norms, pooling, gathering
@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -39,6 +40,9 @@ from .torch_gather import TorchGatherBackend
 
 # On a CPU spconv multiplies float16 in numpy and rounds behind every tap; it has no bfloat16, and no float64 on GPUs.
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.float16)}
+
+# implicit_gemm says with the bits of one word which taps an output has.
+IMPLICIT_GEMM_TAPS = 32
 
 _INSTALL = "pip install 's3d[spconv]' or pip install spconv-cu120"
 
@@ -90,9 +94,7 @@ def _installed() -> str:
 
 
 def _versions() -> str:
-    import numpy
-
-    return f"torch {torch.__version__}, CUDA {torch.version.cuda} and NumPy {numpy.__version__}"
+    return f"torch {torch.__version__}, CUDA {torch.version.cuda} and NumPy {np.__version__}"
 
 
 # ---- pairs of rows
@@ -155,6 +157,35 @@ class PairLists:
     @property
     def empty(self) -> bool:
         return self.pairs.shape[2] == 0
+
+    @functools.cached_property
+    def to_target(self) -> GemmTables:
+        return GemmTables.of(self.pairs[0], self.pairs[1], len(self.target))
+
+    @functools.cached_property
+    def to_source(self) -> GemmTables:
+        return GemmTables.of(self.pairs[1], self.pairs[0], len(self.source))
+
+
+@dataclass(frozen=True)
+class GemmTables:
+    """The same pairs by their results, as implicit_gemm wants them."""
+
+    inputs: Tensor  # [taps, P] int32: the input row of each output row, -1 where there is none
+    masks: Tensor  # [P, 1] int32, sorted: bit t says whether there is one for tap t
+    order: Tensor  # [P] int32: the output row that each mask belongs to
+
+    @classmethod
+    def of(cls, inputs: Tensor, outputs: Tensor, rows: int) -> GemmTables:
+        """From lists [taps, most], -1 behind the pairs of a tap. A row is in one pair of a tap at most."""
+        taps = len(inputs)
+        table = inputs.new_full((taps, rows + 1), -1)  # the last row takes what stands behind the pairs
+        table.scatter_(1, torch.where(outputs < 0, rows, outputs).long(), inputs)
+        table = table[:, :rows].contiguous()
+        bits = torch.arange(taps, device=table.device)[:, None]
+        masks, order = ((table >= 0).long() << bits).sum(0).sort()
+        signed = torch.where(masks >= 1 << 31, masks - (1 << 32), masks)
+        return cls(table, signed.int()[:, None], order.int())
 
 
 def make_lists(geometry: WindowGeometry) -> PairLists:
@@ -244,7 +275,7 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 
 class SpconvBackend(TorchGatherBackend):
-    """Convolutions by spconv's native algorithm, everything else by torch."""
+    """Convolutions by spconv, everything else by torch."""
 
     name = "spconv"
 
@@ -305,8 +336,31 @@ def _convolve(
     lists: PairLists,
     inverse: bool,  # from output rows to input rows
 ) -> Tensor:  # [P', C']
-    results = len(lists.source if inverse else lists.target)
+    ops, results = _import_ops(), len(lists.source if inverse else lists.target)
     if lists.empty:
         return rows.new_zeros(results, len(weight))
-    y: Tensor = _import_ops().indice_conv(rows, weight.contiguous(), lists.pairs, lists.counts, results, inverse)
+    weight = weight.contiguous()
+    y: Tensor
+    if rows.is_cuda and len(lists.counts) <= IMPLICIT_GEMM_TAPS:
+        y = _implicit_gemm(ops, rows, weight, lists.to_source if inverse else lists.to_target)
+    else:
+        y = ops.indice_conv(rows, weight, lists.pairs, lists.counts, results, inverse)
+    return y
+
+
+def _implicit_gemm(ops: Any, rows: Tensor, weight: Tensor, tables: GemmTables) -> Tensor:
+    """spconv's algorithm MaskImplicitGemm without splits, never run on a GPU so far."""
+    y: Tensor
+    y, _, _ = ops.implicit_gemm(
+        rows,
+        weight,
+        tables.inputs,
+        [tables.masks],
+        [tables.order],
+        len(tables.order),
+        [np.array([0xFFFFFFFF], dtype=np.uint32)],  # all taps are in the one split
+        is_train=False,  # that would be for spconv's own gradient of the weight
+        is_subm=False,  # that is for lists of its own
+        fp32_accum=True,
+    )
     return y

@@ -1,77 +1,128 @@
-"""`pytest bench/ --benchmark` measures; without the option every benchmark runs once, tiny, as a smoke test."""
+"""`pytest bench/ --benchmark` measures; without the option every benchmark runs once, tiny, as a smoke test.
+
+A benchmark module has a function `cases(settings)`; its tests get a case, a contender and a phase each.
+"""
 
 from __future__ import annotations
 
-import platform
-import re
+import dataclasses
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from contenders import CONTENDERS, able
-from report import write_report
-from settings import Settings
+from cases import Case
+from contenders import AUTO, CONTENDERS, able
+from machine import describe_machine, device
+from pytest_benchmark.fixture import BenchmarkFixture
+from results import Results
+from settings import Settings, add_options, read_options
+from turns import CLOCK, PHASES, Measured, Report, find, measure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("s3d benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure (without it: run once, tiny)")
-    group.addoption("--patch-size", type=int, default=96, help="voxels along each axis; 160 as published")
-    group.addoption("--mask-ratios", default="0,0.6,0.75,0.9", help="comma-separated")
-    group.addoption(
-        "--contenders",
-        default="",
-        help=f"comma-separated, of {', '.join(CONTENDERS)}; default: all that can compute here",
-    )
-    group.addoption("--rounds", type=int, default=3, help="timed rounds of each case")
-    group.addoption("--results", default="", help="folder; default: bench/results/<machine>")
+    add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--benchmark"):
+        config.option.benchmark_quiet = True  # the times of a smoke test tell nothing
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """pytest-benchmark's own files say the same of the machine as ours."""
+    machine_info.update(describe_machine())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    settings = read_options(metafunc.config)
+    entries = [
+        pytest.param(case, name, phase, id=f"{case.id}-{name.replace(', ', '_').replace(' ', '_')}-{phase}")
+        for case in metafunc.module.cases(settings)
+        for name in _contenders(case, settings)
+        for phase in PHASES
+    ]
+    metafunc.parametrize(("case", "contender", "phase"), entries)
+
+
+def _contenders(case: Case, settings: Settings) -> tuple[str, ...]:
+    if case.question == "curve":
+        return (AUTO.name,)
+    if settings.contenders is None:
+        return able(case, device())
+    return tuple(name for name in settings.contenders if find(name).why_not(case, device()) is None)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Who is not measured here, and why."""
+    if not config.getoption("--benchmark"):
+        return []
+    case = Case("layer", "stage 0 conv 3", "resenc-l", 96, 1, 32, "blocks", 0.75, "float32")
+    reasons = {name: contender.why_not(case, device()) for name, contender in CONTENDERS.items()}
+    return [f"not measured: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
 
 
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
-    option = request.config.getoption
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = tuple(option("--contenders").split(",")) if option("--contenders") else able(device, torch.float32)
-    unknown = set(names) - set(CONTENDERS)
-    if unknown:
-        raise pytest.UsageError(f"--contenders must be of {', '.join(CONTENDERS)}, got {', '.join(sorted(unknown))}")
-    if not option("--benchmark"):
-        return Settings(False, "tiny", 16, 8, (0.75,), names, 1)
-    ratios = tuple(float(ratio) for ratio in option("--mask-ratios").split(","))
-    return Settings(True, "resenc-l", option("--patch-size"), 32, ratios, names, option("--rounds"))
+    return read_options(request.config)
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Rows that benchmarks add; written as JSON, Markdown and a plot at the end of a measured run."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    if request.config.getoption("--benchmark") and rows:
-        machine = describe_machine()
-        given = request.config.getoption("--results")
-        folder = Path(given) if given else Path(__file__).parent / "results" / machine["slug"]
-        text = write_report(rows, machine, folder)
-        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line(f"\n{text}\nwritten to {folder}")
+def _results(request: pytest.FixtureRequest) -> Iterator[Results | None]:
+    """Where measured entries go; None in a smoke test."""
+    if not request.config.getoption("--benchmark"):
+        yield None
+        return
+    machine = describe_machine()
+    given = request.config.getoption("--results")
+    folder = Path(given) if given else Path(__file__).parent / "results" / machine["slug"]
+    results = Results(folder, machine, datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+    yield results
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if results.written:
+        reporter.write_line(f"\nwritten to {folder}; tables and plots: python bench/report.py {folder}")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, accelerator, versions and threads."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        match = re.search(r"model name\s*: (.*)", information.read_text())
-        processor = match.group(1) if match else processor
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor}, {torch.get_num_threads()} threads"
-    )
-    return {
-        "device": device,
-        "slug": re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
+@pytest.fixture(scope="session")
+def _last() -> dict[Case, dict[str, Measured]]:
+    """The case that was measured last; its entries follow one another."""
+    return {}
+
+
+@pytest.fixture
+def report(
+    benchmark: BenchmarkFixture,
+    settings: Settings,
+    request: pytest.FixtureRequest,
+    _results: Results | None,
+    _last: dict[Case, dict[str, Measured]],
+) -> Report:
+    """Gives an entry of a case to pytest-benchmark and the results; measures the case if it is the first."""
+
+    def run(case: Case, contender: str, phase: str) -> None:
+        benchmark.group = case.id
+        if case not in _last:
+            _last.clear()
+            # Those that -k left, with a case in common.
+            calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+            names = dict.fromkeys(call["contender"] for call in calls if call.get("case") == case)
+            whole = not case.layer
+            _last[case] = measure(
+                case, tuple(names), settings.rounds, settings.seconds, memory=settings.measure and whole
+            )
+        measured = _last[case][contender]
+        if measured.why_not is not None:
+            benchmark.skipped = True  # otherwise pytest-benchmark warns that it was not used
+            pytest.skip(f"{contender}: {measured.why_not}")
+        seconds = iter(measured.seconds[phase])
+        rounds = len(measured.seconds[phase])
+        benchmark.pedantic(CLOCK.spend, setup=lambda: ((next(seconds),), {}), rounds=rounds)
+        benchmark.extra_info.update(dataclasses.asdict(case), contender=contender, phase=phase, **measured.figures)
+        if _results is not None and benchmark.stats is not None:
+            _results.add(case.question, case.id, benchmark.stats.as_dict(include_data=True))
+
+    return run

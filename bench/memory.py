@@ -1,6 +1,6 @@
-"""Peak memory of one training step of an encoder, in a process of its own.
+"""Peak memory of one step of a contender, in a process of its own, so that nothing of another is counted.
 
-python bench/memory.py CONTENDER PRESET PATCH_SIZE BLOCK MASK_RATIO prints MiB.
+python bench/memory.py CONTENDER CASE, with a case as JSON, prints MiB.
 
 CPU: the high-water mark of the resident set during forward and backward, minus the resident set just before, with
 weights, gradients and input already there: activations, buffers and what the libraries allocate for the step. The
@@ -11,46 +11,51 @@ need, decides the figure. CUDA: the peak of torch's allocator, minus what was al
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
+import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-if platform.system() == "Linux":
-    # Before anything allocates: blocks of 256 KiB and more come straight from the system and go straight back.
-    ctypes.CDLL(None).mallopt(-3, 1 << 18)
-
-import torch
-from contenders import CONTENDERS
-
-from s3d.model import build_unet
-from s3d_kernels import BlockMask
+if TYPE_CHECKING:
+    from cases import Case
 
 
-def peak_mebibytes(contender: str, preset: str, patch_size: int, block: int, ratio: float) -> float:
-    """Run the step and measure."""
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = build_unet(preset).encoder.to(device)
-    x = torch.randn(1, 1, *(patch_size,) * 3, device=device)
-    mask = BlockMask.random(1, patch_size // block, block, ratio, torch.Generator().manual_seed(0), device=device)
+def peak_of(case: Case, contender: str) -> float:
+    """MiB, measured by a new process.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
+    command = [sys.executable, __file__, contender, json.dumps(dataclasses.asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the memory of {contender} in {case.id} could not be measured:\n{done.stderr}")
+    return float(done.stdout)
+
+
+def _peak_mebibytes(contender: str, case: Case) -> float:
+    import torch
+    from turns import prepare
+
+    torch.set_num_threads(case.threads or torch.get_num_threads())
     # A first step on the smallest volume initialises the libraries.
-    small = BlockMask.random(1, 2, block, 0.0, device=device)
-    _, warm_up = CONTENDERS[contender](encoder, torch.randn(1, 1, *small.shape, device=device), small)
-    warm_up().backward()
-    del warm_up
-    network, forward = CONTENDERS[contender](encoder, x, mask)
-    for parameter in network.parameters():
+    prepare(case.smaller(), contender).forward().sum().backward()
+    run = prepare(case, contender)
+    for parameter in run.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gc.collect()
-    if device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward().backward()
+        run.forward().sum().backward()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before_kib = _status("VmRSS")
-    forward().backward()
+    run.forward().sum().backward()
     return (_status("VmHWM") - before_kib) / 1024
 
 
@@ -62,5 +67,9 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    name, preset_, *numbers = sys.argv[1:]
-    print(f"{peak_mebibytes(name, preset_, int(numbers[0]), int(numbers[1]), float(numbers[2])):.1f}")
+    if platform.system() == "Linux":
+        # Before anything allocates: blocks of 256 KiB and more come straight from the system and go straight back.
+        ctypes.CDLL(None).mallopt(-3, 1 << 18)
+    from cases import Case
+
+    print(f"{_peak_mebibytes(sys.argv[1], Case(**json.loads(sys.argv[2]))):.1f}")

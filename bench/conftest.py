@@ -16,6 +16,7 @@ from cases import Case
 from contenders import AUTO, CONTENDERS, able
 from machine import describe_machine, device
 from pytest_benchmark.fixture import BenchmarkFixture
+from report import write_folder
 from results import Results
 from settings import Settings, add_options, read_options
 from turns import CLOCK, PHASES, Measured, Report, find, measure
@@ -82,9 +83,9 @@ def _results(request: pytest.FixtureRequest) -> Iterator[Results | None]:
     folder = Path(given) if given else Path(__file__).parent / "results" / machine["slug"]
     results = Results(folder, machine, datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
     yield results
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     if results.written:
-        reporter.write_line(f"\nwritten to {folder}; tables and plots: python bench/report.py {folder}")
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"\n{write_folder(folder)}\n\nwritten to {folder}")
 
 
 @pytest.fixture(scope="session")

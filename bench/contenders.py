@@ -299,9 +299,8 @@ class Peer:
         self.name = name
 
     def why_not(self, case: Case, device: str) -> str | None:
-        if not case.layer.endswith("conv 3"):
-            return "only its 3x3x3 convolution is compared"
-        return PEERS[self.name].why_not(device)
+        only_convolution = None if case.layer.endswith("conv 3") else "only its 3x3x3 convolution is compared"
+        return PEERS[self.name].why_not(device) or only_convolution
 
     def prepare(self, case: Case, network: nn.Module, x: Tensor, mask: BlockMask) -> Run:
         assert isinstance(network, nn.Conv3d)
@@ -309,12 +308,9 @@ class Peer:
         coordinates = shown.nonzero().int()  # [P, 4]: sample, d, h, w
         features = x.permute(0, 2, 3, 4, 1)[shown].contiguous().requires_grad_()
         weight = nn.Parameter(network.weight.detach().clone())
-        bias = nn.Parameter(
-            torch.zeros_like(network.weight[:, 0, 0, 0, 0]) if network.bias is None else network.bias.detach()
-        )
-        parameters = nn.ParameterList([weight, bias])
-        convolve = PEERS[self.name].prepare(coordinates, mask.shape, mask.batch, weight)
-        return Run(lambda: convolve(features) + bias, parameters, features, lambda y: y)
+        bias = nn.Parameter(weight.new_zeros(len(weight)) if network.bias is None else network.bias.detach().clone())
+        convolve, packed = PEERS[self.name].prepare(coordinates, mask.shape, mask.batch, weight)
+        return Run(lambda: convolve(features) + bias, nn.ParameterList([packed, bias]), features, lambda y: y)
 
 
 _ALL: list[Contender] = [

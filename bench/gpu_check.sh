@@ -56,10 +56,10 @@ for tool in memcheck racecheck; do
   part "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \
     tests/kernels/test_gpu.py -k "oracle and native-False-torch.bfloat16 and (3-native or norm-native)"
 done
-part layers 120 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --rounds 5 -k layers \
-  --contenders native,triton,torch --results "$folder/layers"
-part steps 150 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --rounds 5 -k encoder_step \
-  --mask-ratios 0.75 --contenders "native,triton,torch,dense masked" --results "$folder/steps"
+part layers 120 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --mask-ratios 0.75 --dtypes bfloat16 --seconds 1 \
+  -k test_layer --results "$folder/results"
+part steps 150 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --mask-ratios 0.75 --dtypes bfloat16,float32 \
+  --seconds 5 -k "test_encoder or test_step" --results "$folder/results"
 part profile 90 "$python" -m s3d profile --output-dir "$folder/profile" --preset resenc-l --patch-size 160 160 160 \
   --mask-block 32 --batch-size 1 --precision bfloat16 --steps 2
 

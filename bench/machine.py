@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "spconv-cu120", "numpy", "dynamic-network-architectures", "pytest-benchmark", "s3d")
+PACKAGES = ("triton", "spconv-cu120", "numpy", "dynamic-network-architectures", "pytest-benchmark", "s3d")
 
 
 def device() -> str:
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
         clocks = [float(clock) for clock in re.findall(r"cpu MHz\s*: (.*)", text)]
     on_gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if on_gpu else f"{processor}, {torch.get_num_threads()} threads"
-    versions = {}
+    versions = {"torch": torch.__version__}  # with the CUDA version, which the package's metadata does not have
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -70,9 +70,15 @@ def _gpu_clocks() -> str:
 
 
 def multiplication_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: the most that this machine can do in a dtype."""
-    a, b = (torch.randn(2048, 2048, device=device()).to(dtype) for _ in range(2))
-    return 2 * 2048**3 / _median_seconds(lambda: a @ b)
+    """FLOP/s of a large matrix product: the most that this machine can do in a dtype; float32 as TF32 on a GPU."""
+    size = 8192 if device() == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device() == "cuda" else before)
+    try:
+        return 2 * size**3 / _median_seconds(lambda: a @ b)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def copy_rate() -> float:

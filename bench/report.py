@@ -1,137 +1,271 @@
-"""Turns the rows of a benchmark run into JSON, a Markdown table and a plot.
+"""Tables and plots of measured results, and the parts of the documents that show them.
 
-python bench/report.py FOLDER draws them again from the JSON in the folder.
+python bench/report.py            all folders of bench/results, README.md and docs/performance.md
+python bench/report.py FOLDER     one folder of results only
+python bench/report.py --check    writes nothing; fails if a text is not what the results say
+
+A document has a pair of comments where a table belongs: `<!-- table: MACHINE NAME -->` and `<!-- end of table -->`.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+import numpy as np
+from cases import Case
+from plots import draw
+from rows import AXES, QUESTIONS, Row, best_dense, curve_points, of_case, read_rows, setting_of, speed_up
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/performance.md")
+
+Rows = Sequence[Row]
 
 
-def write_report(rows: list[Row], machine: dict[str, Any], folder: Path) -> str:
-    """Write `results.json`, `results.md` and `encoder.png`. Returns: the Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    text = markdown(rows, machine)
-    (folder / "results.md").write_text(text)
-    encoder = _encoder_rows(rows)
-    if encoder:
-        plot(encoder, machine, folder / "encoder.png")
-    return text
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="results of one machine; default: all, and the documents")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a text would change")
+    options = parser.parse_args()
+    results = ROOT / "bench" / "results"
+    folders = [options.folder] if options.folder else sorted(path.parent for path in results.glob("*/encoder.json"))
+    tables: dict[str, str] = {}
+    stale: list[Path] = []
+    for folder in folders:
+        found = tables_of(*read_all(folder))
+        tables.update({f"{folder.name} {name}": table for name, table in found.items()})
+        if options.check:
+            paths = {folder / f"{name}.md": table + "\n" for name, table in found.items()}
+            stale += [path for path, text in paths.items() if not path.exists() or path.read_text() != text]
+        else:
+            write_folder(folder)
+    for path in [] if options.folder else [ROOT / name for name in DOCUMENTS]:
+        document = path.read_text()
+        new = insert(document, tables, path.name)
+        if options.check:
+            stale += [path] if new != document else []
+        else:
+            path.write_text(new)
+    for path in stale:
+        print(f"not what the results say, run bench/report.py: {path}")
+    return 1 if stale else 0
 
 
-def _encoder_rows(rows: list[Row]) -> list[Row]:
-    """Those of the encoder, by masked share."""
-    return sorted((row for row in rows if row["question"] == "encoder"), key=lambda row: float(row["mask_ratio"]))
+def write_folder(folder: Path) -> str:
+    """Write the tables and plots of one machine beside its results. Returns: the tables."""
+    machine, rows = read_all(folder)
+    tables = tables_of(machine, rows)
+    for name, table in tables.items():
+        (folder / f"{name}.md").write_text(table + "\n")
+    draw(rows, machine, folder)
+    return "\n\n".join(tables.values())
 
 
-def markdown(rows: list[Row], machine: dict[str, Any]) -> str:
-    """Tables of the encoder and of its layers; ratios are against `reference` and `dense masked` of the same run."""
-    parts = [
-        f"{machine['device']} ({machine['instruction_set']}), torch {machine['torch']}, Python {machine['python']}",
+def read_all(folder: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+    """The machine of a folder, and its rows by question."""
+    read = {question: read_rows(folder, question) for question in QUESTIONS}
+    machine = next((about for about, rows in read.values() if rows), None)
+    if machine is None:
+        raise FileNotFoundError(f"{folder} has no results; `pytest bench/ --benchmark` writes them")
+    return machine, {question: rows for question, (_, rows) in read.items()}
+
+
+def insert(document: str, tables: dict[str, str], name: str) -> str:
+    """The document with its tables.
+
+    Raises:
+        ValueError: a table is asked for that there is not.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[1] not in tables:
+            raise ValueError(f"{name} shows the table {match[1]!r}; there are {', '.join(sorted(tables))}")
+        return f"<!-- table: {match[1]} -->\n{tables[match[1]]}\n<!-- end of table -->"
+
+    return re.sub(r"<!-- table: ([^>]*?) -->.*?<!-- end of table -->", table, document, flags=re.DOTALL)
+
+
+# ---- tables
+
+
+def tables_of(machine: dict[str, Any], rows: dict[str, list[Row]]) -> dict[str, str]:
+    """Every table that the rows give, by name."""
+    makers: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+        "encoder": ("encoder", network_table),
+        "encoder-summary": ("encoder", summary_table),
+        "step": ("step", network_table),
+        "layers": ("layer", layer_tables),
+        "curve": ("curve", curve_table),
+    }
+    return {
+        name: "\n".join([*make(rows[question]), "", _machine_line(machine, question)])
+        for name, (question, make) in makers.items()
+        if rows[question]
+    }
+
+
+def _machine_line(machine: dict[str, Any], question: str) -> str:
+    versions = machine["versions"]
+    others = "".join(f", {name} {versions[name]}" for name in ("triton", "spconv-cu120") if name in versions)
+    return (
+        f"{machine['device']} ({machine['instruction_set']}), torch {versions['torch']}{others}, Python "
+        f"{machine['python']}; `bench/results/{machine['slug']}/{question}.json`."
+    )
+
+
+def _table(head: Sequence[str], left: int, body: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; the first `left` columns are words, the others numbers."""
+    rule = ["---" if column < left else "---:" for column in range(len(head))]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
+
+
+def _describe(case: Case) -> str:
+    """What a table's caption says of a case besides its mask ratio."""
+    batch = "one patch" if case.batch_size == 1 else f"{case.batch_size} patches"
+    masks = f"blocks of {case.block}" if case.mask_kind == "blocks" else "single voxels masked"
+    return f"{case.preset}, {batch} of {case.patch_size}^3, {masks}, {case.dtype}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def _duration(row: Row, phase: str) -> str:
+    """Median and half of the spread, in per cent of it."""
+    median = row.median[phase]
+    spread = f" ±{50 * row.spread[phase] / median:.0f} %"
+    return (f"{median:.2f} s" if median >= 1 else f"{1000 * median:.3g} ms") + spread
+
+
+def _settings(rows: Rows) -> list[Case]:
+    return list(dict.fromkeys(setting_of(row.case) for row in rows))
+
+
+def _in(rows: Rows, setting: Case) -> list[Row]:
+    return [row for row in rows if setting_of(row.case) == setting]
+
+
+def network_table(rows: Rows) -> list[str]:
+    """Encoder or training step: every ratio and contender."""
+    parts: list[str] = []
+    for setting in _settings(rows):
+        mine = sorted(_in(rows, setting), key=lambda row: row.case.mask_ratio)
+        body = []
+        for row in mine:
+            same = of_case(mine, row.case)
+            dense_masked, dense = same.get("dense masked"), best_dense(same.values())
+            peak, base = row.peak_mebibytes, dense_masked.peak_mebibytes if dense_masked else None
+            body.append(
+                [
+                    f"{100 * row.masked:.0f} %",
+                    row.contender,
+                    *[_duration(row, phase) for phase in ("forward", "backward", "both")],
+                    _times(speed_up(dense_masked, row)),
+                    _times(speed_up(dense, row)),
+                    f"{1e9 * row.median['both'] / row.figures['visible_voxels']:.0f}",
+                    "" if peak is None else f"{peak:.0f}",
+                    "" if peak is None or base is None else f"{peak / base:.2f}x",
+                ]
+            )
+        head = ["masked", "contender", "forward", "backward", "both", "faster than dense masked", "than dense, best"]
+        head += ["ns / visible voxel", "peak memory, MiB", "of dense masked"]
+        parts += [f"{setting.question.capitalize()}: {_describe(setting)}.", "", *_table(head, 2, body), ""]
+    return parts[:-1]
+
+
+def summary_table(rows: Rows) -> list[str]:
+    """The encoder in the first setting: a line for each ratio, for newcomers."""
+    setting = _settings(rows)[0]
+    mine = sorted(_in(rows, setting), key=lambda row: row.case.mask_ratio)
+    names = [name for name in dict.fromkeys(row.contender for row in mine) if not name.startswith("dense")]
+    body = []
+    for case in dict.fromkeys(row.case for row in mine):
+        same = of_case(mine, case)
+        dense_masked, dense, ours = same.get("dense masked"), best_dense(same.values()), same.get("native")
+        cells = [f"{100 * next(iter(same.values())).masked:.0f} %"]
+        for row in (*[same.get(name) for name in names], dense_masked, dense):
+            cells.append("" if row is None else f"{row.median['both']:.2f} s")
+        cells += [_times(speed_up(base, ours)) for base in (dense_masked, dense)]
+        peaks = [row.peak_mebibytes if row else None for row in (ours, dense_masked)]
+        cells.append("" if peaks[0] is None or peaks[1] is None else f"{peaks[0] / peaks[1]:.2f}x")
+        body.append(cells)
+    head = ["masked", *[f"`{name}`" for name in names], "dense masked", "dense, best"]
+    head += ["`native`: faster than dense masked", "than dense, best", "its peak memory, of dense masked"]
+    return [f"Encoder, forward and backward: {_describe(setting)}.", "", *_table(head, 0, body)]
+
+
+def layer_tables(rows: Rows) -> list[str]:
+    """Every layer and contender, a table for each setting and mask ratio."""
+    parts: list[str] = []
+    for setting in _settings(rows):
+        for ratio in dict.fromkeys(row.case.mask_ratio for row in _in(rows, setting)):
+            mine = [row for row in _in(rows, setting) if row.case.mask_ratio == ratio]
+            names = list(dict.fromkeys(row.contender for row in mine))
+            body = []
+            for case in dict.fromkeys(row.case for row in mine):
+                same = of_case(mine, case)
+                cells = [case.layer]
+                for name in names:
+                    cells.append(_layer_cell(same[name]) if name in same else "")
+                cells += [_times(speed_up(same.get("dense masked"), same.get("native")))]
+                body.append([*cells, _times(speed_up(best_dense(same.values()), same.get("native")))])
+            head = ["layer", *names, "`native`: faster than dense masked", "than dense, best"]
+            caption = (
+                f"Layers: {_describe(setting)}, {100 * mine[0].masked:.0f} % masked. Milliseconds: forward / both."
+            )
+            parts += [caption, "", *_table(head, 1, body), ""]
+    return parts[:-1]
+
+
+def _layer_cell(row: Row) -> str:
+    cell = f"{1000 * row.median['forward']:.3g} / {1000 * row.median['both']:.3g}"
+    if row.contender.startswith("dense") or row.utilisation is None:
+        return cell
+    unit = "GFLOP/s" if row.multiplies else "GB/s"
+    return f"{cell} ({row.rate / 1e9:.3g} {unit}, {row.utilisation:.2f})"
+
+
+# ---- cost curve
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """k of the power law y = a * x ** k that fits the points best, in logarithms."""
+    x, y = np.log(np.array(points, dtype=float)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def curve_table(rows: Rows) -> list[str]:
+    """Time and memory of a training step against each axis, and the exponents that fit."""
+    points = curve_points(rows)
+    base = next(iter(points.values()))[0].case
+    body = []
+    for axis, along in points.items():
+        at = [AXES[axis](row) for row in along]
+        seconds = [row.median["both"] for row in along]
+        peaks = [row.peak_mebibytes or float("nan") for row in along]
+        body.append(
+            [
+                axis,
+                ", ".join(f"{x:.3g}" for x in at),
+                ", ".join(f"{s:.3g}" for s in seconds),
+                f"{exponent(list(zip(at, seconds, strict=True))):.2f}",
+                ", ".join(f"{p:.0f}" for p in peaks),
+                f"{exponent(list(zip(at, peaks, strict=True))):.2f}",
+            ]
+        )
+    head = ["varied", "values", "step, s", "exponent", "peak memory, MiB", "exponent"]
+    return [
+        f"Training step of S3D with `auto`, {base.preset}, {base.dtype}, one thing varied at a time: time and memory "
+        "grow as (what is varied) ^ exponent.",
         "",
+        *_table(head, 2, body),
     ]
-    encoder = _encoder_rows(rows)
-    if encoder:
-        first = encoder[0]
-        parts += [
-            f"Encoder of {first['preset']}, one patch of {first['patch_size']}^3, forward and backward:",
-            "",
-            "| masked | contender | forward, s | step, s | faster than reference | than dense masked "
-            "| peak memory, MiB | of reference | of dense masked |",
-            "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for row in encoder:
-            same = {r["contender"]: r for r in encoder if r["mask_ratio"] == row["mask_ratio"]}
-            cells = [f"{100 * row['masked']:.0f} %", row["contender"]]
-            cells += [f"{row['forward_seconds']:.2f}", f"{row['step_seconds']:.2f}"]
-            cells += [_ratio(same.get(base), row, "step_seconds") for base in ("reference", "dense masked")]
-            cells.append("" if row["peak_mebibytes"] is None else f"{row['peak_mebibytes']:.0f}")
-            cells += [_ratio(row, same.get(base), "peak_mebibytes") for base in ("reference", "dense masked")]
-            parts.append(f"| {' | '.join(cells)} |")
-        parts.append("")
-    steps = [row for row in rows if row["question"] == "training step"]
-    if steps:
-        first = steps[0]
-        base = next((row for row in steps if row["contender"] == "reference"), None)
-        parts += [
-            f"Training step of S3D with {first['preset']}, one patch of {first['patch_size']}^3, "
-            f"{100 * first['mask_ratio']:.0f} % masked:",
-            "",
-            "| backend | step, s | faster than reference |",
-            "| --- | ---: | ---: |",
-        ]
-        for row in steps:
-            parts.append(f"| {row['contender']} | {row['step_seconds']:.2f} | {_ratio(base, row, 'step_seconds')} |")
-        parts.append("")
-    layers = [row for row in rows if row["question"] == "layer"]
-    for ratio in dict.fromkeys(row["mask_ratio"] for row in layers):
-        parts += _layer_table([row for row in layers if row["mask_ratio"] == ratio])
-    return "\n".join(parts)
-
-
-def _layer_table(layers: list[Row]) -> list[str]:
-    """Forward and step of every layer and contender, at one mask ratio."""
-    names = list(dict.fromkeys(row["contender"] for row in layers))
-    parts = [
-        f"Layers at {100 * layers[0]['mask_ratio']:.0f} % masked, {layers[0]['patch_size']}^3, ms: forward / forward "
-        "and backward. In brackets: arithmetic of forward, counting pairs of visible voxels only, as a share of a "
-        "large float32 matrix product in the same run.",
-        "",
-        f"| layer | block of the input | {' | '.join(names)} |",
-        f"| --- | ---: | {' | '.join('---:' for _ in names)} |",
-    ]
-    for layer in dict.fromkeys(row["layer"] for row in layers):
-        of = {row["contender"]: row for row in layers if row["layer"] == layer}
-        cells = [layer, str(next(iter(of.values()))["block"])]
-        for name in names:
-            if name not in of:
-                cells.append("")
-                continue
-            row = of[name]
-            cell = f"{1000 * row['forward_seconds']:.1f} / {1000 * row['step_seconds']:.1f}"
-            if "pair_flop" in row and not name.startswith("dense"):
-                share = row["pair_flop"] / row["forward_seconds"] / row["multiplication_flop_per_second"]
-                cell += f" ({share:.2f})"
-            cells.append(cell)
-        parts.append(f"| {' | '.join(cells)} |")
-    return [*parts, ""]
-
-
-def _ratio(numerator: Row | None, denominator: Row | None, key: str) -> str:
-    if numerator is None or denominator is None or numerator[key] is None or denominator[key] is None:
-        return ""
-    return f"{numerator[key] / denominator[key]:.2f}x"
-
-
-def plot(encoder: list[Row], machine: dict[str, Any], path: Path) -> None:
-    """Time and peak memory of a step against the masked share."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    time_axes, memory_axes = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["contender"] for row in encoder):
-        mine = [row for row in encoder if row["contender"] == name]
-        shares = [100 * row["masked"] for row in mine]
-        time_axes.plot(shares, [row["step_seconds"] for row in mine], "o-", label=name)
-        if all(row["peak_mebibytes"] is not None for row in mine):
-            memory_axes.plot(shares, [row["peak_mebibytes"] for row in mine], "o-", label=name)
-    time_axes.set_ylabel("seconds, forward and backward")
-    memory_axes.set_ylabel("peak memory of the step, MiB")
-    for axes in (time_axes, memory_axes):
-        axes.set_xlabel("masked, %")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    figure.suptitle(f"encoder of {encoder[0]['preset']}, {encoder[0]['patch_size']}^3, {machine['device']}")
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    folder_ = Path(sys.argv[1])
-    content = json.loads((folder_ / "results.json").read_text())
-    print(write_report(content["rows"], content["machine"], folder_))
+    sys.exit(main())

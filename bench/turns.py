@@ -71,6 +71,7 @@ def find(name: str) -> Contender:
 
 def prepare(case: Case, name: str) -> Run:
     """A contender, ready for a case; all of them get the same weights, input and mask."""
+    torch.backends.cudnn.benchmark = True  # the dense baseline at its best
     mask = case.layer_mask(device()) if case.layer else case.mask(device())
     return find(name).prepare(case, case.network().to(device()), case.input(mask), mask)
 
@@ -164,6 +165,7 @@ def _figures_of(case: Case) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "visible_voxels": visible,
         "voxels": voxels,
+        "threads_used": torch.get_num_threads(),
         "multiplication_flop_per_second": multiplication_rate(case.torch_dtype),
         "copy_bytes_per_second": copy_rate(),
     }

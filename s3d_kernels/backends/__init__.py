@@ -26,6 +26,7 @@ from .selection import (
     register,
     use_backend,
 )
+from .spconv_pairs import SpconvBackend
 from .torch_gather import TorchGatherBackend
 from .triton_kernels import TritonBackend
 
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 register(ReferenceBackend())
+register(SpconvBackend())
 register(TorchGatherBackend())
 register(TritonBackend())
 register(NativeBackend())

@@ -172,7 +172,14 @@ def _to_measure(problem: Problem, method: str) -> list[str]:
     # `reference` takes many times the time and memory of any other.
     others = [name for name, backend in REGISTRY.items() if not isinstance(backend, ReferenceBackend)]
     able = [name for name in others if REGISTRY[name].why_not(problem) is None]
+    able = [name for name in able if not any(_inherits(name, other, method) for other in able)]
     return able if len(able) > 1 and not set(able) <= set(measured(problem, method)) else []
+
+
+def _inherits(name: str, other: str, method: str) -> bool:
+    """Whether a backend has an operation from the class of another, so that there is nothing to compare."""
+    one, base = type(REGISTRY[name]), type(REGISTRY[other])
+    return one is not base and issubclass(one, base) and getattr(one, method) is getattr(base, method)
 
 
 def _measure(problem: Problem, method: str, names: list[str], arguments: tuple[Any, ...]) -> None:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from s3d_kernels import REGISTRY, backends
+from s3d_kernels.backends import UnsupportedProblem
 from s3d_kernels.backends.measurements import drop_dependents
 from s3d_kernels.backends.native import NativeBackend
 from s3d_kernels.backends.triton_kernels import TritonBackend
 
 from . import emulated_cuda
+
+# The backend whose package need not be there, and which has neither half precision on CPUs nor groups.
+OPTIONAL = "spconv"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """What the optional backend refuses is skipped for its reason; test_spconv.py says what it may refuse."""
+    try:
+        return (yield)
+    except UnsupportedProblem as refusal:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if parameters.get("backend") != OPTIONAL:
+            raise
+        pytest.skip(refusal.reason)
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,8 @@ def test_a_layer_can_have_its_own(spy: Spy) -> None:
 def test_unknown_backends_are_named() -> None:
     with (
         pytest.raises(
-            ValueError, match=r"backend must be 'auto' or one of \[.*'native', 'reference', 'torch'.*\], got 'cuda'"
+            ValueError,
+            match=r"backend must be 'auto' or one of \[.*'native', 'reference', 'spconv', 'torch'.*\], got 'cuda'",
         ),
         use_backend("cuda"),
     ):
@@ -114,7 +115,13 @@ def test_explain(spy: Spy) -> None:
     problem = backends.ConvProblem(
         "cpu", torch.float32, 4, 4, 2, (1, 1, 1), (1, 1, 1), (0, 0, 0), (4, 4, 4), partial=False
     )
-    others = {"native": None, "triton": "its kernels are for cuda tensors, not cpu", "torch": None, "reference": None}
+    others = {
+        "native": None,
+        "triton": "its kernels are for cuda tensors, not cpu",
+        "torch": None,
+        "spconv": "spconv has no groups, and 2 are asked for",
+        "reference": None,
+    }
     assert sk.explain(problem) == {"spy": "groups are not for spies", **others}
     assert list(sk.explain(problem)) == ["spy", *others]
 
@@ -126,4 +133,5 @@ def test_selfcheck_passes_and_finds_a_wrong_backend(spy: Spy, monkeypatch: pytes
     original = Spy.conv3d
     monkeypatch.setattr(Spy, "conv3d", lambda *arguments: original(*arguments) * 1.001)
     found = {finding.backend: finding.ok for finding in selfcheck() if finding.reason is None}
+    assert found.pop("spconv", True)  # where the package is
     assert found == {"spy": False, "native": True, "torch": True, "reference": True}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
+from s3d_kernels.backends import BlocksProblem
 from s3d_kernels.block_sparse import block_geometry
 from s3d_kernels.operators import blocks, conv, norm, pool
 
@@ -25,6 +26,12 @@ WORST_ROW = 10.0
 ON_CPU = [name for name in REGISTRY if name != "triton"]
 
 Triple = tuple[int, int, int]
+
+
+def able_on_cpu(dtype: torch.dtype = torch.float32) -> list[str]:
+    """Those of them that can compute here, for tests that take one after the other."""
+    problem = BlocksProblem("cpu", dtype, 1, (1, 1, 1), partial=False)
+    return [name for name in ON_CPU if name != "spconv" or REGISTRY[name].why_not(problem) is None]
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -229,7 +229,7 @@ def profile_steps(
             recorder.step()
     trace = StepTrace(json.loads(path.read_text()), layers, "cuda" if on_gpu else "cpu")
     path.write_text(json.dumps(trace.with_backward_ranges()))
-    where = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if on_gpu else f"cpu, threads: {torch.get_num_threads()}"
     result = Profile(
         rows=tuple(trace.rows()),
         step_ms=trace.step_ms,

@@ -71,7 +71,7 @@ def densely_masked(encoder: nn.Module, mask: Tensor) -> Iterator[None]:
 def _masks() -> dict[str, tuple[BlockMask, dict[str, Any]]]:
     generator = torch.Generator().manual_seed(0)
     return {
-        "block 32 to 1, non-cubic, unequal": (BlockMask.random(2, (2, 3, 2), 32, (0.4, 0.8), generator), {}),
+        "block 32 to 1, non-cubic, unequal": (BlockMask.random(2, (1, 3, 2), 32, (0.4, 0.8), generator), {}),
         "block 16, merging": (BlockMask.random(2, (4, 2, 2), 16, (0.4, 0.8), generator), {}),
         "anisotropic": (
             BlockMask.random(2, (4, 3, 2), (2, 8, 8), 0.6, generator),
@@ -84,11 +84,13 @@ def _masks() -> dict[str, tuple[BlockMask, dict[str, Any]]]:
     }
 
 
-def dense_results(name: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of the plain encoder under the oracle's meaning."""
+def dense_results(name: str, dtype: torch.dtype, nudge: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of the plain encoder under the oracle's meaning, of an input that is off by a rounding."""
     mask, plan = _masks()[name]
     encoder = build_encoder(**plan).to(dtype)
     x = torch.randn(mask.batch, 1, *mask.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if nudge:
+        x = x * (1 + torch.finfo(dtype).eps * torch.randn(x.shape, generator=torch.Generator().manual_seed(nudge)))
     with densely_masked(encoder, mask.to_dense()):
         outputs = encoder(x)
     return backward(encoder, outputs)
@@ -127,10 +129,11 @@ def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]
 @pytest.mark.parametrize("name", list(_masks()))
 def test_encoder_equals_the_dense_oracle(name: str) -> None:
     truth, true_gradients = dense_results(name, torch.float64)
-    _, rounded = dense_results(name, torch.float32)
     # In float32 rounding flips the sign of some activations near zero, where LeakyReLU has a kink, and norms over a
     # handful of voxels magnify it: the dense computation itself is off by more than 1e-5, and so may the sparse one be.
-    rounding = errors(rounded, true_gradients)
+    # Which signs flip is chance and differs between processors, so the worst of three roundings counts.
+    rounded = [dense_results(name, torch.float32, nudge)[1] for nudge in range(3)]
+    rounding = max(root_mean_square(errors(gradients, true_gradients)) for gradients in rounded)
     for backend in able_on_cpu():
         for dtype in (torch.float64, torch.float32):
             outputs, gradients = sparse_results(name, dtype, backend)
@@ -141,7 +144,7 @@ def test_encoder_equals_the_dense_oracle(name: str) -> None:
             for parameter, error in found.items():
                 assert error <= (1e-8 if dtype == torch.float64 else 1e-3), f"{backend}, {dtype}, {parameter}"
             if dtype == torch.float32:
-                assert root_mean_square(found) <= max(1e-5, 2 * root_mean_square(rounding)), backend
+                assert root_mean_square(found) <= max(1e-5, 2 * rounding), backend
 
 
 def root_mean_square(values: dict[str, float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,7 @@ def densely_masked(encoder: nn.Module, mask: Tensor) -> Iterator[None]:
 def _masks() -> dict[str, tuple[BlockMask, dict[str, Any]]]:
     generator = torch.Generator().manual_seed(0)
     return {
-        "block 32 to 1, non-cubic, unequal": (BlockMask.random(2, (1, 3, 2), 32, (0.4, 0.8), generator), {}),
+        "block 32 to 1, non-cubic, unequal": (BlockMask.random(2, (2, 3, 2), 32, (0.4, 0.8), generator), {}),
         "block 16, merging": (BlockMask.random(2, (4, 2, 2), 16, (0.4, 0.8), generator), {}),
         "anisotropic": (
             BlockMask.random(2, (4, 3, 2), (2, 8, 8), 0.6, generator),
@@ -126,14 +127,21 @@ def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]
     return {name: float((got[name].double() - value).norm()) / scales[name] for name, value in truth.items()}
 
 
+@functools.cache
+def rounding(name: str) -> float:
+    """Error of the gradients that the dense computation itself makes in float32, the worst of three.
+
+    Rounding flips the sign of some activations near zero, where LeakyReLU has a kink, and norms over a handful of voxels
+    magnify it. Which signs flip is chance and differs between processors.
+    """
+    _, truth = dense_results(name, torch.float64)
+    rounded = [dense_results(name, torch.float32, nudge)[1] for nudge in range(3)]
+    return max(root_mean_square(errors(gradients, truth)) for gradients in rounded)
+
+
 @pytest.mark.parametrize("name", list(_masks()))
 def test_encoder_equals_the_dense_oracle(name: str) -> None:
     truth, true_gradients = dense_results(name, torch.float64)
-    # In float32 rounding flips the sign of some activations near zero, where LeakyReLU has a kink, and norms over a
-    # handful of voxels magnify it: the dense computation itself is off by more than 1e-5, and so may the sparse one be.
-    # Which signs flip is chance and differs between processors, so the worst of three roundings counts.
-    rounded = [dense_results(name, torch.float32, nudge)[1] for nudge in range(3)]
-    rounding = max(root_mean_square(errors(gradients, true_gradients)) for gradients in rounded)
     for backend in able_on_cpu():
         for dtype in (torch.float64, torch.float32):
             outputs, gradients = sparse_results(name, dtype, backend)
@@ -144,7 +152,8 @@ def test_encoder_equals_the_dense_oracle(name: str) -> None:
             for parameter, error in found.items():
                 assert error <= (1e-8 if dtype == torch.float64 else 1e-3), f"{backend}, {dtype}, {parameter}"
             if dtype == torch.float32:
-                assert root_mean_square(found) <= max(1e-5, 2 * rounding), backend
+                error = root_mean_square(found)
+                assert error <= 1e-5 or error <= 2 * rounding(name), backend
 
 
 def root_mean_square(values: dict[str, float]) -> float:

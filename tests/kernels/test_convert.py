@@ -85,6 +85,7 @@ def _masks() -> dict[str, tuple[BlockMask, dict[str, Any]]]:
     }
 
 
+@functools.cache
 def dense_results(name: str, dtype: torch.dtype, nudge: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs and gradients of the plain encoder under the oracle's meaning, of an input that is off by a rounding."""
     mask, plan = _masks()[name]
@@ -131,7 +132,7 @@ def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]
 def rounding(name: str) -> float:
     """Error of the gradients that the dense computation itself makes in float32, the worst of three.
 
-    Rounding flips the sign of some activations near zero, where LeakyReLU has a kink, and norms over a handful of voxels
+    Rounding flips the sign of some activations near zero, where LeakyReLU has a kink, and norms over a few voxels
     magnify it. Which signs flip is chance and differs between processors.
     """
     _, truth = dense_results(name, torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,11 +85,14 @@ def _masks() -> dict[str, tuple[BlockMask, dict[str, Any]]]:
     }
 
 
-def dense_results(name: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of the plain encoder under the oracle's meaning."""
+@functools.cache
+def dense_results(name: str, dtype: torch.dtype, nudge: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of the plain encoder under the oracle's meaning, of an input that is off by a rounding."""
     mask, plan = _masks()[name]
     encoder = build_encoder(**plan).to(dtype)
     x = torch.randn(mask.batch, 1, *mask.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if nudge:
+        x = x * (1 + torch.finfo(dtype).eps * torch.randn(x.shape, generator=torch.Generator().manual_seed(nudge)))
     with densely_masked(encoder, mask.to_dense()):
         outputs = encoder(x)
     return backward(encoder, outputs)
@@ -124,13 +128,21 @@ def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]
     return {name: float((got[name].double() - value).norm()) / scales[name] for name, value in truth.items()}
 
 
+@functools.cache
+def rounding(name: str) -> float:
+    """Error of the gradients that the dense computation itself makes in float32, the worst of three.
+
+    Rounding flips the sign of some activations near zero, where LeakyReLU has a kink, and norms over a few voxels
+    magnify it. Which signs flip is chance and differs between processors.
+    """
+    _, truth = dense_results(name, torch.float64)
+    rounded = [dense_results(name, torch.float32, nudge)[1] for nudge in range(3)]
+    return max(root_mean_square(errors(gradients, truth)) for gradients in rounded)
+
+
 @pytest.mark.parametrize("name", list(_masks()))
 def test_encoder_equals_the_dense_oracle(name: str) -> None:
     truth, true_gradients = dense_results(name, torch.float64)
-    _, rounded = dense_results(name, torch.float32)
-    # In float32 rounding flips the sign of some activations near zero, where LeakyReLU has a kink, and norms over a
-    # handful of voxels magnify it: the dense computation itself is off by more than 1e-5, and so may the sparse one be.
-    rounding = errors(rounded, true_gradients)
     for backend in able_on_cpu():
         for dtype in (torch.float64, torch.float32):
             outputs, gradients = sparse_results(name, dtype, backend)
@@ -141,7 +153,8 @@ def test_encoder_equals_the_dense_oracle(name: str) -> None:
             for parameter, error in found.items():
                 assert error <= (1e-8 if dtype == torch.float64 else 1e-3), f"{backend}, {dtype}, {parameter}"
             if dtype == torch.float32:
-                assert root_mean_square(found) <= max(1e-5, 2 * root_mean_square(rounding)), backend
+                error = root_mean_square(found)
+                assert error <= 1e-5 or error <= 2 * rounding(name), backend
 
 
 def root_mean_square(values: dict[str, float]) -> float:

@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from report import write_folder
 from results import Results
 from settings import Settings, add_options, read_options
-from turns import CLOCK, PHASES, Measured, Report, find, measure
+from turns import CLOCK, PHASES, Measured, Report, find, measure, record, word
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     settings = read_options(metafunc.config)
     entries = [
-        pytest.param(case, name, phase, id=f"{case.id}-{name.replace(', ', '_').replace(' ', '_')}-{phase}")
+        pytest.param(case, name, phase, id=f"{case.id}-{word(name)}-{phase}")
         for case in metafunc.module.cases(settings)
         for name in _contenders(case, settings)
         for phase in PHASES
@@ -115,6 +115,9 @@ def report(
             _last[case] = measure(
                 case, tuple(names), settings.rounds, settings.seconds, memory=settings.measure and whole
             )
+            if request.config.getoption("--profile"):
+                able_here = [name for name in names if _last[case][name].why_not is None]
+                record(case, able_here, Path(request.config.getoption("--profile")))
         measured = _last[case][contender]
         if measured.why_not is not None:
             benchmark.skipped = True  # otherwise pytest-benchmark warns that it was not used

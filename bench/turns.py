@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from machine import copy_rate, device, multiplication_rate, synchronise
 from memory import peak_of
 from torch import Tensor
 
+from s3d.profiling import profile_steps
 from s3d_kernels import BlockSparseTensor, to_sparse
 from s3d_kernels.backends import UnsupportedProblem
 
@@ -31,6 +33,11 @@ Report = Callable[[Case, str, str], None]  # case, contender, phase: the fixture
 # TF32 on a GPU.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 TOLERANCE_ON_GPU = {**TOLERANCE, torch.float32: 2e-3}
+
+
+def word(name: str) -> str:
+    """The name of a contender for files and identifiers of tests."""
+    return name.replace(", ", "_").replace(" ", "_")
 
 
 class Clock:
@@ -116,6 +123,20 @@ def measure(case: Case, names: Sequence[str], rounds: int, seconds: float, memor
         if memory and entry.why_not is None:
             entry.figures["peak_mebibytes"] = peak_of(case, name)
     return measured
+
+
+def record(case: Case, names: Sequence[str], folder: Path) -> None:
+    """A trace and tables of one step of each contender, in folders of their names below that of the case."""
+    for name in names:
+        run = prepare(case, name)
+
+        def step(run: Run = run) -> None:
+            run.drop_gradients()
+            result = run.forward()
+            result.backward(torch.ones_like(result))
+
+        with _threads(case.threads):
+            profile_steps(step, folder / case.id / word(name), run.network, steps=1)
 
 
 @contextlib.contextmanager

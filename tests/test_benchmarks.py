@@ -181,12 +181,15 @@ def test_pytest_benchmark_reads_the_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench" / "bench_layers.py")]
     command += ["--benchmark", "--preset", "tiny", "--patch-size", "16", "--mask-blocks", "8", "--rounds", "2"]
     command += ["-k", "stage_0_conv_3 and 75masked", "--contenders", "torch,dense masked", "--results", str(tmp_path)]
-    command += ["--benchmark-json", str(tmp_path / "own.json")]
+    command += ["--benchmark-json", str(tmp_path / "own.json"), "--profile", str(tmp_path / "traces")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     content = load(tmp_path / "layer.json")
     assert len(content["benchmarks"]) == 6
     assert content["machine_info"]["versions"]["torch"] == torch.__version__
+    traces = tmp_path / "traces" / "stage_0_conv_3-tiny-16-batch1-blocks8-75masked-float32"
+    assert "conv" in (traces / "torch" / "table.md").read_text()
+    assert (traces / "dense_masked" / "step.pt.trace.json").exists()
     own = json.loads((tmp_path / "own.json").read_text())
     assert [e["stats"]["median"] for e in own["benchmarks"]] == pytest.approx(
         [e["stats"]["median"] for e in content["benchmarks"]], rel=1e-6

@@ -17,14 +17,14 @@ from s3d_kernels import BlockMask
 
 
 def cases(settings: Settings) -> list[Case]:
-    """The encoder at every mask ratio."""
+    """The encoder at the ratios that are asked for; each takes minutes on a CPU."""
     combined = itertools.product(
         settings.patch_sizes, settings.batch_sizes, settings.blocks, settings.mask_kinds, settings.dtypes
     )
     return [
         Case("encoder", "", settings.preset, patch, batch, block, kind, ratio, dtype)
         for patch, batch, block, kind, dtype in combined
-        for ratio in settings.ratios((0.0, 0.75, 0.9) if settings.measure else (0.75,))
+        for ratio in settings.ratios((0.75,))
         if ratio > 0 or kind == "blocks"
     ]
 
@@ -49,7 +49,7 @@ def test_contenders_agree(name: str) -> None:
     encoder, x = TINY.network().double(), torch.randn(1, 1, *mask.shape, dtype=torch.float64)
     truth = CONTENDERS["reference"].prepare(TINY, encoder, x, mask).forward().item()
     run = contender.prepare(TINY, encoder, x, mask)
-    if run.visible is None:
+    if not run.masked:
         everything = BlockMask.random(1, 3, 8, 0.0)
         truth = CONTENDERS["reference"].prepare(TINY, encoder, x, everything).forward().item()
     assert run.forward().item() == pytest.approx(truth, rel=1e-9)

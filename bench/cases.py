@@ -49,7 +49,7 @@ class Case:
         """A name that tells cases apart, without characters that pytest's -k would trip over."""
         words = [self.layer.replace(" ", "_")] if self.layer else []
         words += [self.preset, f"{self.patch_size}", f"batch{self.batch_size}", f"{self.mask_kind}{self.block}"]
-        words += [f"{100 * self.mask_ratio:.0f}masked", self.dtype]
+        words += [f"{100 * self.mask_ratio:g}masked", self.dtype]
         return "-".join(words + ([f"{self.threads}threads"] if self.threads else []))
 
     @property
@@ -58,7 +58,13 @@ class Case:
         return dtype
 
     def mask(self, device: str) -> BlockMask:
-        """The mask at full resolution, the same everywhere and at each call."""
+        """The mask at full resolution, the same everywhere and at each call.
+
+        Raises:
+            ValueError: the patch is no multiple of the block.
+        """
+        if self.patch_size % self.block:
+            raise ValueError(f"patch_size must be a multiple of block={self.block}, got {self.patch_size}")
         generator = torch.Generator().manual_seed(0)
         if self.mask_kind == "voxels":
             visible = torch.rand(self.batch_size, *(self.patch_size,) * 3, generator=generator) >= self.mask_ratio
@@ -167,29 +173,20 @@ def layers_of(preset: str) -> dict[str, Layer]:
     return layers
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a layer has to do, whoever does it.
+def work_of(layer: nn.Module, x: BlockSparseTensor, voxels_out: int, channels_out: int) -> tuple[float, float]:
+    """What a layer has to do in forward, whoever does it, counted from the mask.
 
-    Attributes:
-        flop: multiplications and additions of visible pairs in forward; twice as many in backward.
-        forward_bytes: visible inputs and outputs, each moved once.
-        backward_bytes: gradient of the output, input and gradient of the input, each moved once.
+    Args:
+        layer: its convolutions, if it has more than one, keep the resolution.
+        x: its input.
+        voxels_out, channels_out: of what it writes.
+    Returns: multiplications and additions of visible pairs; bytes of visible inputs and of outputs, each moved once.
+        Weights are not counted.
     """
-
-    flop: float
-    forward_bytes: float
-    backward_bytes: float
-
-
-def work_of(layer: nn.Module, x: BlockSparseTensor, visible_out: int, channels_out: int) -> Work:
-    """Counted from the mask; weights are not counted in bytes."""
-    size = x.dtype.itemsize
-    moved_in = int(x.mask.visible_voxels().sum()) * x.shape[1] * size
-    moved_out = visible_out * channels_out * size
+    read, written = int(x.mask.visible_voxels().sum()) * x.shape[1], voxels_out * channels_out
     convolutions = [module for module in layer.modules() if isinstance(module, nn.Conv3d)]
     flop = sum(2.0 * _pairs(c, x.mask) * c.in_channels * c.out_channels / c.groups for c in convolutions)
-    return Work(flop, moved_in + moved_out, moved_out + 2 * moved_in)
+    return flop, float((read + written) * x.dtype.itemsize)
 
 
 def _pairs(layer: nn.Conv3d, mask: BlockMask) -> float:

@@ -116,9 +116,12 @@ def report(
                 case, tuple(names), settings.rounds, settings.seconds, memory=settings.measure and whole
             )
             if request.config.getoption("--profile"):
-                able_here = [name for name in names if _last[case][name].why_not is None]
+                able_here = [name for name in names if _last[case][name].seconds["both"]]
                 record(case, able_here, Path(request.config.getoption("--profile")))
         measured = _last[case][contender]
+        if measured.error is not None:
+            benchmark.skipped = True
+            pytest.fail(f"{contender}: {measured.error}", pytrace=False)
         if measured.why_not is not None:
             benchmark.skipped = True  # otherwise pytest-benchmark warns that it was not used
             pytest.skip(f"{contender}: {measured.why_not}")

@@ -10,6 +10,7 @@ Other packages are in peers.py.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,18 +35,37 @@ class Run:
         forward: computes a tensor that has a gradient function.
         network: whose gradients backward makes.
         leaf: the input whose gradient it makes; None for whole networks.
-        visible: takes what contenders must agree on out of the result of `forward`; None: they need not.
+        visible: takes the visible voxels out of the result of `forward`, in the order of a dense volume; None for a
+            result that says little.
+        visible_leaf: the same for the gradient of `leaf`.
+        masked: whether it computes what `reference` does; False: no mask at all.
     """
 
     forward: Callable[[], Tensor]
     network: nn.Module
-    leaf: Tensor | None
-    visible: Callable[[Tensor], Tensor] | None
+    leaf: Tensor | None = None
+    visible: Callable[[Tensor], Tensor] | None = None
+    visible_leaf: Callable[[Tensor], Tensor] | None = None
+    masked: bool = True
 
     def drop_gradients(self) -> None:
         self.network.zero_grad(set_to_none=True)
         if self.leaf is not None:
             self.leaf.grad = None
+
+    def found(self, result: Tensor) -> dict[str, Tensor]:
+        """What contenders must agree on after backward, in float64 by name."""
+        if not self.masked:
+            return {}
+        found = {}
+        if self.visible is not None:
+            found["the result"] = self.visible(result).double()
+        gradients = [p.grad.double().norm() for p in self.network.parameters() if p.grad is not None]
+        if gradients:
+            found["the norm of the weights' gradients"] = torch.stack(gradients).norm()
+        if self.leaf is not None and self.leaf.grad is not None and self.visible_leaf is not None:
+            found["the gradient of the input"] = self.visible_leaf(self.leaf.grad).double()
+        return found
 
 
 class Contender(Protocol):
@@ -74,7 +94,19 @@ def _loss(features: Sequence[Tensor]) -> Tensor:
     return torch.stack([f.float().sum() if f.dtype.itemsize < 4 else f.sum() for f in features]).sum()
 
 
+def _renewal(mask: BlockMask) -> Callable[[], BlockMask]:
+    """Makes the mask anew, with all of its tables: part of every step, for training draws a mask in each."""
+    if mask.voxels is None:
+        return lambda: BlockMask.from_grid(mask.tables.grid, mask.block)
+    visible = mask.to_dense()[:, 0]
+    return lambda: BlockMask.from_voxels(visible, mask.block)
+
+
 # ---- dense
+
+
+def _no_blocks(case: Case) -> str | None:
+    return "a dense tensor has no blocks" if case.layer.endswith(("gather", "scatter")) else None
 
 
 class Dense:
@@ -85,75 +117,114 @@ class Dense:
         self.memory_format = memory_format
 
     def why_not(self, case: Case, device: str) -> str | None:
-        if case.layer.endswith(("gather", "scatter")):
-            return "a dense tensor has no blocks"
-        return None
+        return _no_blocks(case)
 
     def prepare(self, case: Case, network: nn.Module, x: Tensor, mask: BlockMask) -> Run:
         copied = copy.deepcopy(network).to(memory_format=self.memory_format)
         x = x.clone(memory_format=self.memory_format)
         if case.layer:
             x.requires_grad_()
-            return Run(lambda: copied(x), copied, x, None)
+            return Run(lambda: copied(x), copied, x, masked=False)
+        if case.question == "encoder":
 
-        def forward() -> Tensor:
-            with _autocast(case, x.device):
-                if case.question == "encoder":
+            def encode() -> Tensor:
+                with _autocast(case, x.device):
                     return _loss(copied(x))
-                return masked_mse(copied(x), x, mask)
 
-        if case.question != "encoder":
-            assert isinstance(copied, S3D)
-            copied = copied.unet
-        return Run(forward, copied, None, None)
+            return Run(encode, copied, masked=False)
+        assert isinstance(copied, S3D)
+        unet, renew = copied.unet, _renewal(mask)
+
+        def step() -> Tensor:
+            with _autocast(case, x.device):
+                return masked_mse(unet(x), x, renew())
+
+        return Run(step, unet, masked=False)
+
+
+class _Level:
+    """The mask of one resolution, as dense layers want it."""
+
+    def __init__(self, mask: BlockMask, dtype: torch.dtype) -> None:
+        self.shown = mask.to_dense()  # [N, 1, D, H, W] bool
+        self.factor = self.shown.to(dtype)
+
+    @functools.cached_property
+    def places(self) -> tuple[Tensor, ...]:
+        """Indices of the visible voxels in [N, D, H, W], sample by sample."""
+        return self.shown[:, 0].nonzero(as_tuple=True)
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """Visible voxels of each sample."""
+        counts: list[int] = self.shown.flatten(1).sum(1).tolist()
+        return counts
+
+
+_Levels = dict[int, _Level]  # by the depth of the volume
+
+
+def _fill_levels(levels: _Levels, mask: BlockMask, dtype: torch.dtype) -> None:
+    levels.clear()
+    while mask.shape[0] not in levels:
+        levels[mask.shape[0]] = _Level(mask, dtype)
+        mask = mask.downsample(2)
 
 
 class _MaskedLayer(nn.Module):
     """A dense layer, then multiplication by the mask of the output's resolution."""
 
-    def __init__(self, layer: nn.Module, masks: dict[int, Tensor]) -> None:
+    def __init__(self, layer: nn.Module, levels: _Levels) -> None:
         super().__init__()
         self.layer = layer
-        self.masks = masks
+        self.levels = levels
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
-        return y * self.masks[y.shape[2]].to(y.dtype)
+        return y * self.levels[y.shape[2]].factor.to(y.dtype)
 
 
 class _MaskedNorm(nn.Module):
-    """A norm of the visible voxels of each sample, taken out and put back."""
+    """A norm of the visible voxels of each sample, taken out and put back; all samples at once if they have as many."""
 
-    def __init__(self, layer: nn.Module, masks: dict[int, Tensor]) -> None:
+    def __init__(self, layer: nn.Module, levels: _Levels) -> None:
         super().__init__()
         self.layer = layer
-        self.masks = masks
+        self.levels = levels
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = []
-        for sample, mask in zip(x, self.masks[x.shape[2]].bool().expand(x.shape[0], -1, -1, -1, -1), strict=True):
-            visible = sample[:, mask[0]]  # [C, voxels]
-            part = torch.zeros_like(sample)
-            if visible.shape[1] > 1:
-                part[:, mask[0]] = self.layer(visible[None, :, None, None])[0, :, 0, 0].to(part.dtype)
-            parts.append(part)
-        return torch.stack(parts)
+        level = self.levels[x.shape[2]]
+        volume = x.permute(0, 2, 3, 4, 1)
+        rows = volume[level.places]  # [P, C]
+        if len(set(level.counts)) == 1:
+            normalised = self._of_samples(rows.view(len(x), -1, x.shape[1]))
+        else:
+            normalised = torch.cat([self._of_samples(part[None]) for part in rows.split(level.counts)])
+        y = torch.zeros_like(volume)
+        y[level.places] = normalised.to(y.dtype)
+        return y.permute(0, 4, 1, 2, 3)
+
+    def _of_samples(self, rows: Tensor) -> Tensor:
+        """[N, voxels, C] -> [N * voxels, C]; zeros for single voxels, whose statistics torch refuses."""
+        if rows.shape[1] < 2:
+            return torch.zeros_like(rows).flatten(0, 1)
+        y: Tensor = self.layer(rows.transpose(1, 2)[..., None, None])
+        return y[..., 0, 0].transpose(1, 2).flatten(0, 1)
 
 
-def _mask_layers(module: nn.Module, masks: dict[int, Tensor]) -> nn.Module:
+def _mask_layers(module: nn.Module, levels: _Levels) -> nn.Module:
     """The module with masked layers, changed in place."""
     if isinstance(module, nn.Conv3d | nn.AvgPool3d):
-        return _MaskedLayer(module, masks)
+        return _MaskedLayer(module, levels)
     if isinstance(module, nn.InstanceNorm3d | nn.GroupNorm):
-        return _MaskedNorm(module, masks)
+        return _MaskedNorm(module, levels)
     for name, child in module.named_children():
         if name != "all_modules":
-            setattr(module, name, _mask_layers(child, masks))
+            setattr(module, name, _mask_layers(child, levels))
     # The blocks of dynamic-network-architectures keep their layers a second time, in a Sequential.
     if hasattr(module, "all_modules"):
-        module.all_modules = nn.Sequential(
-            *[getattr(module, n) for n in ("conv", "norm", "nonlin") if hasattr(module, n)]
-        )
+        names = [name for name in ("conv", "norm", "nonlin") if hasattr(module, name)]
+        module.all_modules = nn.Sequential(*[getattr(module, name) for name in names])
     return module
 
 
@@ -163,53 +234,53 @@ class DenseMasked:
     name = "dense masked"
 
     def why_not(self, case: Case, device: str) -> str | None:
-        if case.layer.endswith(("gather", "scatter")):
-            return "a dense tensor has no blocks"
-        return None
+        return _no_blocks(case)
 
     def prepare(self, case: Case, network: nn.Module, x: Tensor, mask: BlockMask) -> Run:
         copied = copy.deepcopy(network)
-        masks: dict[int, Tensor] = {}
-        level = mask
-        while level.shape[0] not in masks:
-            masks[level.shape[0]] = level.to_dense().to(x.dtype)
-            level = level.downsample(2)
-        target, x = x, torch.where(mask.to_dense(), x, 0)
+        levels: _Levels = {}
         if case.layer:
-            x.requires_grad_()
-            layer = _mask_layers(copied, masks)
+            _fill_levels(levels, mask, x.dtype)
+            x = torch.where(mask.to_dense(), x, 0).requires_grad_()
+            layer = _mask_layers(copied, levels)
 
             def visible(y: Tensor) -> Tensor:
-                return y.permute(0, 2, 3, 4, 1)[masks[y.shape[2]][:, 0].bool()]
+                return y.permute(0, 2, 3, 4, 1)[levels[y.shape[2]].places]
 
-            return Run(lambda: layer(x), layer, x, visible)
+            return Run(lambda: layer(x), layer, x, visible, visible)
+        renew = _renewal(mask)
+
+        def masked_input() -> Tensor:
+            _fill_levels(levels, renew(), x.dtype)
+            return x * levels[x.shape[2]].factor
+
         if case.question == "encoder":
-            encoder = _mask_layers(copied, masks)
+            encoder = _mask_layers(copied, levels)
 
-            def forward() -> Tensor:
+            def encode() -> Tensor:
                 with _autocast(case, x.device):
-                    return _loss(encoder(x))
+                    return _loss(encoder(masked_input()))
 
-            return Run(forward, encoder, None, lambda loss: loss[None])
+            return Run(encode, encoder)
         assert isinstance(copied, S3D)
         assert copied.mask_tokens is not None
         assert copied.densify is not None
-        encoder = _mask_layers(_as_dense(copied.unet.encoder), masks)
-        norms = [_MaskedNorm(nn.InstanceNorm3d(token.numel()), masks) for token in copied.mask_tokens]
+        encoder = _mask_layers(_as_dense(copied.unet.encoder), levels)
+        norms = [_MaskedNorm(nn.InstanceNorm3d(token.numel()), levels) for token in copied.mask_tokens]
 
         def step() -> Tensor:
             with _autocast(case, x.device):
                 skips = []
                 for features, norm, token, densify in zip(
-                    encoder(x), norms, copied.mask_tokens, copied.densify, strict=True
+                    encoder(masked_input()), norms, copied.mask_tokens, copied.densify, strict=True
                 ):
-                    shown = masks[features.shape[2]].bool()
-                    skips.append(
-                        densify(torch.where(shown, norm(features), token.view(1, -1, 1, 1, 1).to(features.dtype)))
-                    )
-                return masked_mse(copied.unet.decoder(skips), target, mask)
+                    shown, fill = levels[features.shape[2]].shown, token.view(1, -1, 1, 1, 1).to(features.dtype)
+                    skips.append(densify(torch.where(shown, norm(features), fill)))
+                masked = ~levels[x.shape[2]].shown
+                error = torch.where(masked, copied.unet.decoder(skips).float() - x, 0.0)
+                return error.square().sum() / masked.sum()
 
-        return Run(step, copied, None, lambda loss: loss[None])
+        return Run(step, copied, visible=lambda loss: loss[None])
 
 
 def _as_dense(network: nn.Module) -> nn.Module:
@@ -239,14 +310,20 @@ class Sparse:
         copied = to_sparse(copy.deepcopy(network))
         if case.layer:
             return self._layer(copied, x, mask)
+        renew = _renewal(mask)
 
-        def forward() -> Tensor:
+        def encode() -> Tensor:
             with use_backend(self.name), _autocast(case, x.device):
-                if case.question == "encoder":
-                    return _loss([y.blocks for y in copied(BlockSparseTensor.from_dense(x, mask))])
-                return masked_mse(copied(x, mask), x, mask)
+                return _loss([y.blocks for y in copied(BlockSparseTensor.from_dense(x, renew()))])
 
-        return Run(forward, copied, None, lambda loss: loss[None])
+        def step() -> Tensor:
+            with use_backend(self.name), _autocast(case, x.device):
+                new = renew()
+                return masked_mse(copied(x, new), x, new)
+
+        if case.question == "encoder":
+            return Run(encode, copied)
+        return Run(step, copied, visible=lambda loss: loss[None])
 
     def _layer(self, layer: nn.Module, x: Tensor, mask: BlockMask) -> Run:
         if isinstance(layer, Gather):
@@ -256,7 +333,8 @@ class Sparse:
                 with use_backend(self.name):
                     return BlockSparseTensor.from_dense(dense, mask).blocks
 
-            return Run(gather, layer, dense, _visible_rows(mask))
+            places = mask.to_dense()[:, 0].nonzero(as_tuple=True)
+            return Run(gather, layer, dense, _visible_rows(mask), lambda y: y.permute(0, 2, 3, 4, 1)[places])
         blocks = BlockSparseTensor.from_dense(x, mask).blocks.requires_grad_()
         features = BlockSparseTensor(blocks, mask)
         if isinstance(layer, Scatter):
@@ -265,7 +343,7 @@ class Sparse:
                 with use_backend(self.name):
                     return features.to_dense(fill=layer.fill)
 
-            return Run(scatter, layer, blocks, lambda y: y)
+            return Run(scatter, layer, blocks, lambda y: y, _visible_rows(mask))
 
         masks: list[BlockMask] = []  # of the result
 
@@ -275,7 +353,7 @@ class Sparse:
                 masks[:] = [y.mask]
                 return y.blocks
 
-        return Run(forward, layer, blocks, lambda y: _visible_rows(masks[0])(y))
+        return Run(forward, layer, blocks, lambda y: _visible_rows(masks[0])(y), _visible_rows(mask))
 
 
 def _visible_rows(mask: BlockMask) -> Callable[[Tensor], Tensor]:
@@ -310,13 +388,17 @@ class Peer:
         weight = nn.Parameter(network.weight.detach().clone())
         bias = nn.Parameter(weight.new_zeros(len(weight)) if network.bias is None else network.bias.detach().clone())
         convolve, packed = PEERS[self.name].prepare(coordinates, mask.shape, mask.batch, weight)
-        return Run(lambda: convolve(features) + bias, nn.ParameterList([packed, bias]), features, lambda y: y)
+        return Run(lambda: convolve(features) + bias, nn.ParameterList([packed, bias]), features, _as_it_is, _as_it_is)
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
 
 
 _ALL: list[Contender] = [
     DenseMasked(),
     Dense("dense", torch.contiguous_format),
-    Dense("dense, channels last", torch.channels_last_3d),
+    Dense("dense channels-last", torch.channels_last_3d),
     *[Sparse(name) for name in REGISTRY],
     *[Peer(name) for name in PEERS],
 ]

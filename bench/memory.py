@@ -42,8 +42,9 @@ def _peak_mebibytes(contender: str, case: Case) -> float:
     from turns import prepare
 
     torch.set_num_threads(case.threads or torch.get_num_threads())
-    # A first step on the smallest volume initialises the libraries.
-    prepare(case.smaller(), contender).forward().sum().backward()
+    # A first step initialises the libraries; on a GPU one of full size, in which kernels are tuned and compiled.
+    run = prepare(case if torch.cuda.is_available() else case.smaller(), contender)
+    run.forward().sum().backward()
     run = prepare(case, contender)
     for parameter in run.network.parameters():
         parameter.grad = torch.zeros_like(parameter)

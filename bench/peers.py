@@ -7,6 +7,7 @@ alone. A package's module is imported only when its adapter prepares, so none of
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -55,14 +56,14 @@ class _Package:
 
     def why_not(self, device: str) -> str | None:
         """Say in one sentence why the package cannot be measured on `device`; None when it can."""
-        try:
-            installed = find_spec(self.module) is not None
-        except (ImportError, ValueError):  # find_spec raises for a half-loaded module
-            installed = False
-        if not installed:
+        if find_spec(self.module) is None:
             return f"{self.name} is not installed"
         if device.split(":")[0] not in self.devices:
             return f"its kernels are for {' and '.join(self.devices)} tensors, not {device}"
+        try:
+            import_module(self.module)
+        except Exception as error:  # of any kind: it loads libraries that were built for another torch or CUDA
+            return f"{self.name} cannot be imported: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rows import AXES, Row, curve_points, of_case, setting_of, speed_up
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Row]
 
@@ -25,6 +27,13 @@ def draw(rows: dict[str, list[Row]], machine: dict[str, Any], folder: Path) -> N
         _save(_roofline(convolutions, machine), folder / "roofline.png")
 
 
+def _new_figure(width: float, height: float) -> Figure:
+    # Not at the head of the file: who measures without drawing needs no matplotlib.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _save(figure: Figure, path: Path) -> None:
     # Without the version of matplotlib, so that the same results give the same file.
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -38,7 +47,7 @@ def _first_setting(rows: Rows) -> list[Row]:
 
 def _encoder(rows: Rows, machine: dict[str, Any]) -> Figure:
     """Speed-up against the masked share with the ideal, time per visible voxel, and peak memory."""
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    figure = _new_figure(14, 4.2)
     faster, per_voxel, memory = figure.subplots(1, 3)
 
     def against_dense_masked(row: Row) -> float | None:
@@ -74,7 +83,7 @@ def _lines(axes: Axes, rows: Rows, value: Callable[[Row], float | None]) -> None
 
 def _curve(points: dict[str, list[Row]], machine: dict[str, Any]) -> Figure:
     """Time and memory of a training step against each thing that is varied, on logarithmic axes."""
-    figure = Figure(figsize=(3.6 * len(points), 4), layout="constrained")
+    figure = _new_figure(3.6 * len(points), 4)
     for axes, (name, along) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
         at = [AXES[name](row) for row in along]
         axes.plot(at, [row.median["both"] for row in along], "o-", color="C0")
@@ -94,7 +103,7 @@ def _roofline(rows: Rows, machine: dict[str, Any]) -> Figure:
     """Achieved GFLOP/s of convolutions, forward, against FLOP per byte, under what the machine can do."""
     case = rows[0].case
     mine = [row for row in _first_setting(rows) if row.case.mask_ratio == case.mask_ratio]
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = _new_figure(7, 5)
     axes = figure.subplots()
     for name in dict.fromkeys(row.contender for row in mine):
         if name.startswith("dense"):

@@ -33,11 +33,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a text would change")
     options = parser.parse_args()
     results = ROOT / "bench" / "results"
-    folders = [options.folder] if options.folder else sorted(path.parent for path in results.glob("*/encoder.json"))
+    folders = [options.folder] if options.folder else sorted({path.parent for path in results.glob("*/*.json")})
     tables: dict[str, str] = {}
     stale: list[Path] = []
     for folder in folders:
-        found = tables_of(*read_all(folder))
+        found = tables_of(*read_all(folder), folder)
         tables.update({f"{folder.name} {name}": table for name, table in found.items()})
         if options.check:
             paths = {folder / f"{name}.md": table + "\n" for name, table in found.items()}
@@ -59,7 +59,7 @@ def main() -> int:
 def write_folder(folder: Path) -> str:
     """Write the tables and plots of one machine beside its results. Returns: the tables."""
     machine, rows = read_all(folder)
-    tables = tables_of(machine, rows)
+    tables = tables_of(machine, rows, folder)
     for name, table in tables.items():
         (folder / f"{name}.md").write_text(table + "\n")
     draw(rows, machine, folder)
@@ -93,28 +93,35 @@ def insert(document: str, tables: dict[str, str], name: str) -> str:
 # ---- tables
 
 
-def tables_of(machine: dict[str, Any], rows: dict[str, list[Row]]) -> dict[str, str]:
-    """Every table that the rows give, by name."""
+def tables_of(machine: dict[str, Any], rows: dict[str, list[Row]], folder: Path) -> dict[str, str]:
+    """Every table that the rows of a folder give, by name."""
     makers: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
         "encoder": ("encoder", network_table),
         "encoder-summary": ("encoder", summary_table),
         "step": ("step", network_table),
+        "step-summary": ("step", summary_table),
         "layers": ("layer", layer_tables),
         "curve": ("curve", curve_table),
     }
+    made = {name: (question, make(rows[question])) for name, (question, make) in makers.items()}
     return {
-        name: "\n".join([*make(rows[question]), "", _machine_line(machine, question)])
-        for name, (question, make) in makers.items()
-        if rows[question]
+        name: "\n".join([*lines, "", _machine_line(machine, folder, question, rows[question])])
+        for name, (question, lines) in made.items()
+        if lines
     }
 
 
-def _machine_line(machine: dict[str, Any], question: str) -> str:
+def _machine_line(machine: dict[str, Any], folder: Path, question: str, rows: Rows) -> str:
+    """Where figures come from: the machine, versions, days and the file."""
     versions = machine["versions"]
     others = "".join(f", {name} {versions[name]}" for name in ("triton", "spconv-cu120") if name in versions)
+    days = sorted({row.run[:10] for row in rows})
+    runs = len({row.run for row in rows})
+    path = folder.resolve() / f"{question}.json"
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return (
         f"{machine['device']} ({machine['instruction_set']}), torch {versions['torch']}{others}, Python "
-        f"{machine['python']}; `bench/results/{machine['slug']}/{question}.json`."
+        f"{machine['python']}; {' and '.join(days)}{f', {runs} runs' if runs > 1 else ''}; `{shown}`."
     )
 
 
@@ -155,7 +162,7 @@ def network_table(rows: Rows) -> list[str]:
     parts: list[str] = []
     for setting in _settings(rows):
         mine = sorted(_in(rows, setting), key=lambda row: row.case.mask_ratio)
-        body = []
+        body: list[list[str]] = []
         for row in mine:
             same = of_case(mine, row.case)
             dense_masked, dense = same.get("dense masked"), best_dense(same.values())
@@ -179,24 +186,27 @@ def network_table(rows: Rows) -> list[str]:
 
 
 def summary_table(rows: Rows) -> list[str]:
-    """The encoder in the first setting: a line for each ratio, for newcomers."""
+    """The first setting alone, a line for each ratio: for newcomers."""
+    if not rows:
+        return []
     setting = _settings(rows)[0]
     mine = sorted(_in(rows, setting), key=lambda row: row.case.mask_ratio)
     names = [name for name in dict.fromkeys(row.contender for row in mine) if not name.startswith("dense")]
     body = []
     for case in dict.fromkeys(row.case for row in mine):
         same = of_case(mine, case)
-        dense_masked, dense, ours = same.get("dense masked"), best_dense(same.values()), same.get("native")
+        dense_masked, dense, ours = same.get("dense masked"), best_dense(same.values()), same.get(names[0])
         cells = [f"{100 * next(iter(same.values())).masked:.0f} %"]
         for row in (*[same.get(name) for name in names], dense_masked, dense):
-            cells.append("" if row is None else f"{row.median['both']:.2f} s")
+            cells.append("" if row is None else _duration(row, "both"))
         cells += [_times(speed_up(base, ours)) for base in (dense_masked, dense)]
         peaks = [row.peak_mebibytes if row else None for row in (ours, dense_masked)]
         cells.append("" if peaks[0] is None or peaks[1] is None else f"{peaks[0] / peaks[1]:.2f}x")
         body.append(cells)
     head = ["masked", *[f"`{name}`" for name in names], "dense masked", "dense, best"]
-    head += ["`native`: faster than dense masked", "than dense, best", "its peak memory, of dense masked"]
-    return [f"Encoder, forward and backward: {_describe(setting)}.", "", *_table(head, 0, body)]
+    head += [f"`{names[0]}`: faster than dense masked", "than dense, best", "its peak memory, of dense masked"]
+    what = "Encoder" if setting.question == "encoder" else "Training step of S3D"
+    return [f"{what}, forward and backward: {_describe(setting)}.", "", *_table(head, 0, body)]
 
 
 def layer_tables(rows: Rows) -> list[str]:
@@ -242,6 +252,8 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 def curve_table(rows: Rows) -> list[str]:
     """Time and memory of a training step against each axis, and the exponents that fit."""
     points = curve_points(rows)
+    if not points:
+        return []
     base = next(iter(points.values()))[0].case
     body = []
     for axis, along in points.items():

@@ -34,10 +34,23 @@ class Results:
         self._entries: dict[str, list[Entry]] = {}
 
     def add(self, question: str, case: str, entry: Entry) -> None:
-        """Add an entry of pytest-benchmark to the file of its question, at once: a run that is killed loses nothing."""
-        entries = self._entries.setdefault(question, load(self.folder / f"{question}.json")["benchmarks"])
+        """Add an entry of pytest-benchmark to the file of its question, at once: a run that is killed loses nothing.
+
+        Raises:
+            ValueError: the file has results of another machine.
+        """
+        path = self.folder / f"{question}.json"
+        if question not in self._entries:
+            present = load(path)
+            here = self._machine["device"]
+            there = present["machine_info"].get("device", here)
+            if there != here:
+                raise ValueError(f"{path} has results of {there}, and this is {here}: give another folder as --results")
+            self._entries[question] = present["benchmarks"]
+        entries = self._entries[question]
         entry = {**entry, "params": None, "options": {}}  # a case is no JSON, and its fields are in extra_info
-        entry["extra_info"] = {**entry["extra_info"], "case": case, "run": self._run, "commit": self._commit["id"]}
+        entry["extra_info"] = {**entry["extra_info"], "case": case, "run": self._run}
+        entry["extra_info"].update(commit=self._commit["id"], versions=self._machine["versions"])
         entries[:] = [e for e in entries if e["extra_info"]["case"] != case or e["extra_info"]["run"] == self._run]
         entries.append(entry)
         content = {
@@ -47,15 +60,24 @@ class Results:
             "datetime": self._run,
             "version": "1",
         }
-        save(self.folder / f"{question}.json", content)
+        save(path, content)
         self.written = True
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a file of results; one without entries if there is none."""
+    """The content of a file of results; one without entries if there is none.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     if not path.exists():
         return {"machine_info": {}, "benchmarks": []}
-    content: dict[str, Any] = json.loads(path.read_text())
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        for entry in content["benchmarks"]:
+            entry["fullname"], entry["stats"]["median"], entry["stats"]["iqr"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of pytest-benchmark: {type(error).__name__}: {error}") from error
     return content
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from cases import Case
 from results import load
 
+PHASES = ("forward", "backward", "both")
 QUESTIONS = ("encoder", "step", "layer", "curve")
-DENSE = ("dense", "dense, channels last")
+DENSE = ("dense", "dense channels-last")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Row:
         return share
 
     @property
+    def run(self) -> str:
+        """When the run began that measured it."""
+        return str(self.figures["run"])
+
+    @property
     def peak_mebibytes(self) -> float | None:
         return self.figures.get("peak_mebibytes")
 
@@ -62,7 +68,7 @@ class Row:
 
 
 def read_rows(folder: Path, question: str) -> tuple[dict[str, Any], list[Row]]:
-    """The machine, and the rows of a question in the order in which they were measured."""
+    """The machine, and the rows of a question whose phases were all measured, in the order of their settings."""
     content = load(folder / f"{question}.json")
     entries: dict[tuple[Case, str], dict[str, Any]] = {}
     names = [field.name for field in dataclasses.fields(Case)]
@@ -72,11 +78,19 @@ def read_rows(folder: Path, question: str) -> tuple[dict[str, Any], list[Row]]:
         entries.setdefault((case, extra["contender"]), {})[extra["phase"]] = entry
     rows = []
     for (case, contender), phases in entries.items():
+        if set(phases) != set(PHASES):
+            continue  # of a run that was stopped between them, or was asked for one of them
         median = {phase: entry["stats"]["median"] for phase, entry in phases.items()}
         spread = {phase: entry["stats"]["iqr"] for phase, entry in phases.items()}
         figures = next(iter(phases.values()))["extra_info"]
         rows.append(Row(case, contender, median, spread, figures))
-    return content["machine_info"], rows
+    return content["machine_info"], sorted(rows, key=lambda row: _order(row.case))
+
+
+def _order(case: Case) -> tuple[Any, ...]:
+    """The usual settings first, the larger ones behind; not when they were measured."""
+    unusual = (case.mask_kind != "blocks", case.dtype != "float32", case.preset != "resenc-l")
+    return (*unusual, case.patch_size, case.batch_size, -case.block, case.threads)
 
 
 def setting_of(case: Case) -> Case:

@@ -56,6 +56,11 @@ class Settings:
 
 
 SMOKE = Settings(False, False, "tiny", (16,), (1,), (8,), ("blocks",), (0.75,), ("float32",), None, 1, 0.0)
+ROUNDS, SECONDS = 7, 8.0
+_OPTIONS = """
+    --full --preset --patch-size --batch-sizes --mask-blocks --mask-kinds --mask-ratios --dtypes --contenders
+    --rounds --seconds --results --profile
+""".split()
 ALL_RATIOS = (0.0, 0.3, 0.6, 0.75, 0.9, 0.95)
 
 
@@ -64,7 +69,7 @@ def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("s3d benchmarks")
     group.addoption("--benchmark", action="store_true", help="measure (without it: run once, tiny)")
     group.addoption("--full", action="store_true", help="all sizes, ratios, kinds and dtypes; hours")
-    group.addoption("--preset", default="resenc-l", help=f"of the network: {', '.join(PRESETS)}")
+    group.addoption("--preset", default=None, help=f"of the network: {', '.join(PRESETS)}; default resenc-l")
     group.addoption(
         "--patch-size", default=None, help="voxels along each axis; default 96, with --full 160 (published)"
     )
@@ -76,10 +81,8 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--contenders", default=None, help=f"of {', '.join(CONTENDERS)}; default: all that can compute but reference"
     )
-    group.addoption("--rounds", type=int, default=7, help="timed rounds of each case, at most (default %(default)s)")
-    group.addoption(
-        "--seconds", type=float, default=8.0, help="no further round of a case after so long (default %(default)s)"
-    )
+    group.addoption("--rounds", type=int, default=None, help=f"timed rounds of a case, at most (default {ROUNDS})")
+    group.addoption("--seconds", type=float, default=None, help=f"no further round after so long (default {SECONDS})")
     group.addoption("--results", default=None, help="folder; default: bench/results/<machine>")
     group.addoption("--profile", default=None, metavar="FOLDER", help="also record a trace of a step of each contender")
 
@@ -91,7 +94,14 @@ def read_options(config: pytest.Config) -> Settings:
         pytest.UsageError: names the option, what was given and what is accepted.
     """
     if not config.getoption("--benchmark"):
+        given = [option for option in _OPTIONS if config.getoption(option) not in (None, False)]
+        if given:
+            raise pytest.UsageError(f"{', '.join(given)} go with --benchmark, which is not given")
         return SMOKE
+    if config.getoption("benchmark_disable", False) or config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            "--benchmark measures one thing after another, in one process: not with -n or --benchmark-disable"
+        )
     full = bool(config.getoption("--full"))
 
     def values(option: str, read: Callable[[str], Value], usual: str, in_full: str, accepted: str) -> tuple[Value, ...]:
@@ -114,11 +124,15 @@ def read_options(config: pytest.Config) -> Settings:
     def one_of(names: tuple[str, ...]) -> Callable[[str], str]:
         return lambda word: names[names.index(word)]
 
-    preset, rounds = config.getoption("--preset"), config.getoption("--rounds")
+    preset = config.getoption("--preset") or "resenc-l"
     if preset not in PRESETS:
         raise pytest.UsageError(f"--preset must be of {', '.join(PRESETS)}, got {preset!r}")
+    rounds = ROUNDS if config.getoption("--rounds") is None else config.getoption("--rounds")
     if rounds < 1:
         raise pytest.UsageError(f"--rounds must be at least 1, got {rounds}")
+    seconds = SECONDS if config.getoption("--seconds") is None else config.getoption("--seconds")
+    if not seconds >= 0:
+        raise pytest.UsageError(f"--seconds must be at least 0, got {seconds}")
     ratios = None
     if full or config.getoption("--mask-ratios") is not None:
         ratios = values("--mask-ratios", ratio, "", ",".join(map(str, ALL_RATIOS)), "numbers in [0, 1)")
@@ -138,7 +152,7 @@ def read_options(config: pytest.Config) -> Settings:
         dtypes=values("--dtypes", one_of(tuple(DTYPES)), "float32", ",".join(DTYPES), f"of {', '.join(DTYPES)}"),
         contenders=contenders,
         rounds=rounds,
-        seconds=config.getoption("--seconds"),
+        seconds=seconds,
     )
     if any(patch % block for patch in settings.patch_sizes for block in settings.blocks):
         raise pytest.UsageError(

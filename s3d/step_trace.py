@@ -121,7 +121,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Memory taken (bytes positive) or given back (negative), by whom it was taken; kind "" if before recording."""
+    """Memory taken (bytes positive) or given back (negative), by whom it was taken; no place if before recording."""
 
     time: int
     size: int

@@ -305,6 +305,27 @@ def test_time_of_a_gpu_belongs_to_who_launched_it() -> None:
     assert rows.keys() == {"conv", "waiting"}
 
 
+def test_overlapping_kernels_share_the_time() -> None:
+    """Made-up kernels on three streams: each moment counts once, for the kernel that began first."""
+    step = launch("ProfilerStep#1", 100, 1000, "user_annotation")
+    operators = [
+        launch("s3d_kernels::conv3d", 110, 10),
+        launch("s3d_kernels::pool3d", 130, 10),
+        launch("s3d_kernels::norm_apply", 150, 10),
+    ]
+    launches = [launch("cudaLaunchKernel", 112 + 20 * i, 5, "cuda_runtime", correlation=i) for i in range(3)]
+    kernels = [
+        launch("k2", 500, 100, "kernel", tid=93, correlation=2),  # within k0
+        launch("k1", 600, 400, "kernel", tid=92, correlation=1),  # 300 of it beside k0
+        launch("k0", 200, 700, "kernel", tid=91, correlation=0),
+        launch("k0", 1080, 50, "gpu_memcpy", tid=91, correlation=0),  # 30 of it after the step
+    ]
+    result = StepTrace({"traceEvents": [step, *operators, *launches, *kernels]}, {}, "cuda")
+    rows = {row.kind: row.total_ms for row in result.rows()}
+    assert rows == pytest.approx({"conv": 0.72, "pool": 0.1, "waiting": 0.18})
+    assert sum(rows.values()) == pytest.approx(result.step_ms)
+
+
 def test_memory_over_a_step(recorded: tuple[Profile, float]) -> None:
     lines = (recorded[0].folder / "memory.csv").read_text().splitlines()
     assert lines[0].startswith("ms,conv_bytes,norm_bytes")

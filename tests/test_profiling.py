@@ -92,6 +92,24 @@ def test_the_clock_agrees(tmp_path: Path) -> None:
     assert waiting.total_ms >= 50
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_the_device_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without a model, whose time on a GPU is that of kernels; without a GPU there are none."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    x = torch.ones(8)
+    result = profile_steps(lambda: x + x, tmp_path / "gpu", warmup=1, steps=1, device="cuda:0")
+    assert waited[:3] == [torch.device("cuda:0")] * 3
+    assert result.device == "cuda:0"
+    assert {row.kind for row in result.rows if row.total_ms} == {"waiting"}
+    waited.clear()
+    layer = torch.nn.Linear(8, 8, device="meta")
+    result = profile_steps(lambda: x + x, tmp_path / "cpu", layer, warmup=1, steps=1, device="cpu")
+    assert not waited
+    assert "other" in {row.kind for row in result.rows}
+
+
 def test_rows_of_a_model(recorded: tuple[Profile, float]) -> None:
     rows = {(row.stage, row.kind): row for row in recorded[0].rows}
     sparse = {(stage, kind) for stage in range(3) for kind in ("conv", "norm", "tokens")}

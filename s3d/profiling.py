@@ -50,8 +50,8 @@ class ProfileConfig:
     """Patches per step."""
     steps: int = 3
     """Steps that are recorded; figures are means over them."""
-    warmup: int = 2
-    """Steps before that, which are not."""
+    warmup: int = 3
+    """Steps before that, which are not; all but the first tell the time of a step that is not recorded."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network under autocast."""
     device: str = "auto"
@@ -98,7 +98,8 @@ class Profile:
     Attributes:
         rows: time and bytes by stage and kind, per step; the times add up to ``step_ms``.
         step_ms: a step while it was recorded, mean.
-        unrecorded_ms: a step without, median of the warm-up after its first.
+        unrecorded_ms: a step without, median of the warm-up after its first; where the warm-up is one step, that one,
+            which is slower than those that follow.
         device: that computed.
         folder: of the files.
     """
@@ -163,7 +164,7 @@ def profile(config: ProfileConfig) -> Profile:
         loss.item()  # as the trainer, which writes it to the log
 
     with use_backend(run.backend):
-        result = profile_steps(step, config.output_dir, model, warmup=config.warmup, steps=config.steps)
+        result = profile_steps(step, config.output_dir, model, warmup=config.warmup, steps=config.steps, device=device)
     print(
         f"{result.table()}\na step took {result.step_ms:.0f} ms on {result.device} while recorded, "
         f"{result.unrecorded_ms:.0f} ms before\n"
@@ -174,7 +175,13 @@ def profile(config: ProfileConfig) -> Profile:
 
 
 def profile_steps(
-    step: Callable[[], object], folder: Path, model: nn.Module | None = None, *, warmup: int = 2, steps: int = 3
+    step: Callable[[], object],
+    folder: Path,
+    model: nn.Module | None = None,
+    *,
+    warmup: int = 3,
+    steps: int = 3,
+    device: torch.device | str | None = None,
 ) -> Profile:
     """Record calls of a function that computes forward and backward of a model.
 
@@ -188,17 +195,21 @@ def profile_steps(
     Args:
         step: one step.
         folder: made if there is none.
-        model: whose layers give the names; without one the table knows no stages. On a GPU its device is watched.
-        warmup: calls before recording; at least 1. One more is made while the profiler starts.
+        model: whose layers give the names; without one the table knows no stages.
+        warmup: calls before recording; at least 1. All but the first give ``unrecorded_ms``. One more is made while the
+            profiler starts.
         steps: calls recorded.
+        device: that computes; by default that of the model's parameters, or the CPU where there are none.
     Raises:
         ValueError: ``warmup`` or ``steps`` is less than 1.
     """
     for name, value in (("warmup", warmup), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    parameter = next(model.parameters(), None) if model is not None else None
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    if device is None:
+        parameter = next(model.parameters(), None) if model is not None else None
+        device = parameter.device if parameter is not None else "cpu"
+    device = torch.device(device)
     on_gpu = device.type == "cuda"
 
     def timed() -> float:

@@ -116,7 +116,7 @@ def memory_figure(
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = ["0.8"] * ("before" in present) + [f"C{number}" for number in range(10)] * 2
-    sizes = np.array([present[kind] for kind in present], dtype=float).reshape(len(present), -1) / 2**20
+    sizes = np.array([present[kind] for kind in present], dtype=float).reshape(len(present), len(milliseconds)) / 2**20
     if sizes.size:
         # Columns of pixels, each at the moment of its peak: a step has a hundred thousand moments.
         column = np.digitize(milliseconds, np.linspace(0, max(milliseconds), 1500))
@@ -139,6 +139,7 @@ def memory_figure(
     axes.set_ylabel("MiB, by who took it")
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
+    axes.set_xlim(left=0)  # as without anything to plot there are only the ends of phases
     return figure
 
 

@@ -121,7 +121,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Memory taken (bytes positive) or given back (negative), by whom it was taken; kind "" if before recording."""
+    """Memory taken (bytes positive) or given back (negative), by whom it was taken; no place if before recording."""
 
     time: int
     size: int
@@ -136,7 +136,8 @@ class StepTrace:
         trace: the parsed JSON.
         layers: the names of ranges that stand for layers.
         device: "cpu" or "cuda": whose time and memory count. On a GPU the time is that of kernels and copies, which
-            belong to the operator that launched them, and "waiting" is the time in which none ran.
+            belong to the operator that launched them, and "waiting" is the time in which none ran. Where some overlap,
+            the time is that of the one that began first.
     Raises:
         ValueError: no step was recorded.
     """
@@ -154,7 +155,7 @@ class StepTrace:
         self.allocations: list[Allocation] = []
         self._owners: dict[int, Place] = {}
         self._before: dict[Any, Place] = {}  # place of the last node of each thread
-        self._device_ns = _device_time(raw) if device == "cuda" else {}
+        self._busy = _busy(raw, self.steps) if device == "cuda" else []
         self._walk([event for event in raw if event.get("name") == "[memory]"])
 
     def _walk(self, memory: list[dict[str, Any]]) -> None:
@@ -255,12 +256,11 @@ class StepTrace:
         """Place and nanoseconds, and whether something was computed meanwhile, of all that happened in the steps."""
         threads = {step.thread for step in self.steps}
         if self.device == "cuda":
-            idle = float(sum(step.end - step.start for step in self.steps))
-            for event in self.events:
-                busy = self._device_ns.get(event.arguments.get("correlation", -1), 0)
-                if busy and event.category in _LAUNCHES and self._step_of(event.start) is not None:
-                    idle -= busy
-                    yield event.place, busy, True
+            idle = sum(step.end - step.start for step in self.steps)
+            places = {e.arguments.get("correlation"): e.place for e in self.events if e.category in _LAUNCHES}
+            for correlation, busy in self._busy:
+                idle -= busy
+                yield places.get(correlation, Place()), busy, True
             yield Place(), idle, False
             return
         for event in self.events:
@@ -362,10 +362,22 @@ def _read(raw: list[dict[str, Any]]) -> list[Event]:
     return sorted(events, key=lambda e: (e.start, -e.end))
 
 
-def _device_time(raw: list[dict[str, Any]]) -> dict[int, int]:
-    """Nanoseconds of kernels and copies by their correlation number, which the call that launched them bears too."""
-    times: dict[int, int] = defaultdict(int)
-    for event in raw:
-        if event.get("cat") in _DEVICE and "correlation" in event.get("args", {}):
-            times[event["args"]["correlation"]] += _ns(event["dur"])
-    return times
+def _busy(raw: list[dict[str, Any]], steps: list[Event]) -> list[tuple[int, int]]:
+    """Kernels and copies: correlation number, which the call that launched them bears too, and nanoseconds in steps.
+
+    Kernels of several streams overlap. Each gets the time that none which began before it covers, so that together they
+    have the time in which any ran.
+    """
+    kernels = [
+        (_ns(e["ts"]), _ns(e["ts"]) + _ns(e["dur"]), e["args"]["correlation"])
+        for e in raw
+        if e.get("cat") in _DEVICE and "correlation" in e.get("args", {})
+    ]
+    parts: list[tuple[int, int]] = []
+    covered = 0  # until then
+    for start, end, correlation in sorted(kernels):
+        start, covered = max(start, covered), max(end, covered)
+        inside = sum(max(0, min(end, step.end) - max(start, step.start)) for step in steps)
+        if inside:
+            parts.append((correlation, inside))
+    return parts

@@ -92,6 +92,24 @@ def test_the_clock_agrees(tmp_path: Path) -> None:
     assert waiting.total_ms >= 50
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_the_device_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without a model, whose time on a GPU is that of kernels; without a GPU there are none."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    x = torch.ones(8)
+    result = profile_steps(lambda: x + x, tmp_path / "gpu", warmup=1, steps=1, device="cuda:0")
+    assert waited[:3] == [torch.device("cuda:0")] * 3
+    assert result.device == "cuda:0"
+    assert {row.kind for row in result.rows if row.total_ms} == {"waiting"}
+    waited.clear()
+    layer = torch.nn.Linear(8, 8, device="meta")
+    result = profile_steps(lambda: x + x, tmp_path / "cpu", layer, warmup=1, steps=1, device="cpu")
+    assert not waited
+    assert "other" in {row.kind for row in result.rows}
+
+
 def test_rows_of_a_model(recorded: tuple[Profile, float]) -> None:
     rows = {(row.stage, row.kind): row for row in recorded[0].rows}
     sparse = {(stage, kind) for stage in range(3) for kind in ("conv", "norm", "tokens")}
@@ -303,6 +321,27 @@ def test_time_of_a_gpu_belongs_to_who_launched_it() -> None:
     assert (rows["conv"].forward_ms, rows["conv"].backward_ms) == pytest.approx((0.3, 0.2))
     assert rows["waiting"].total_ms == pytest.approx(0.5)
     assert rows.keys() == {"conv", "waiting"}
+
+
+def test_overlapping_kernels_share_the_time() -> None:
+    """Made-up kernels on three streams: each moment counts once, for the kernel that began first."""
+    step = launch("ProfilerStep#1", 100, 1000, "user_annotation")
+    operators = [
+        launch("s3d_kernels::conv3d", 110, 10),
+        launch("s3d_kernels::pool3d", 130, 10),
+        launch("s3d_kernels::norm_apply", 150, 10),
+    ]
+    launches = [launch("cudaLaunchKernel", 112 + 20 * i, 5, "cuda_runtime", correlation=i) for i in range(3)]
+    kernels = [
+        launch("k2", 500, 100, "kernel", tid=93, correlation=2),  # within k0
+        launch("k1", 600, 400, "kernel", tid=92, correlation=1),  # 300 of it beside k0
+        launch("k0", 200, 700, "kernel", tid=91, correlation=0),
+        launch("k0", 1080, 50, "gpu_memcpy", tid=91, correlation=0),  # 30 of it after the step
+    ]
+    result = StepTrace({"traceEvents": [step, *operators, *launches, *kernels]}, {}, "cuda")
+    rows = {row.kind: row.total_ms for row in result.rows()}
+    assert rows == pytest.approx({"conv": 0.72, "pool": 0.1, "waiting": 0.18})
+    assert sum(rows.values()) == pytest.approx(result.step_ms)
 
 
 def test_memory_over_a_step(recorded: tuple[Profile, float]) -> None:

@@ -236,6 +236,11 @@ def _reached(geometry: WindowGeometry, tap: tuple[int, ...]) -> tuple[Tensor, Te
     return column, local
 
 
+def _is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured, which forbids to wait for the lengths of lists."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class ListsOfMasks:
     """Lists that were made, by the tensors of the mask and the numbers of the window.
 
@@ -248,7 +253,11 @@ class ListsOfMasks:
         self._root = WeakTensorKeyDictionary()
 
     def get(self, geometry: WindowGeometry) -> PairLists:
-        """The lists of a window; makes them if nobody did."""
+        """The lists of a window; makes them if nobody did.
+
+        Raises:
+            RuntimeError: there are none and a CUDA graph is captured.
+        """
         g = geometry
         # The table is left out: it follows from the others, and for large windows it is made anew for each call.
         # An index stands where there is no voxel mask, so that something does.
@@ -261,6 +270,11 @@ class ListsOfMasks:
         windows = node.setdefault(voxels[1], {})
         sizes = tuple(g.sizes())
         if sizes not in windows:
+            if _is_captured(g.table.device):
+                raise RuntimeError(
+                    "lists of pairs cannot be made while a CUDA graph is captured: run the step once before, "
+                    "with the same masks"
+                )
             windows[sizes] = self._make(g)
         lists: PairLists = windows[sizes]
         return lists

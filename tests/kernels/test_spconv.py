@@ -341,6 +341,18 @@ def test_no_mask_gets_the_lists_of_a_dead_one() -> None:
     assert len(seen) < 40
 
 
+def test_lists_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, new, *_ = geometries("voxels")
+    lists = spconv_pairs.ListsOfMasks(spconv_pairs.make_lists)
+    before = lists.get(known)
+    monkeypatch.setattr(spconv_pairs, "_is_captured", lambda device: True)
+    assert lists.get(known) is before
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured: run the step once before"):
+        lists.get(new)
+    monkeypatch.undo()
+    assert len(lists.get(new).counts) > 0
+
+
 # ---- what it refuses
 
 

@@ -173,7 +173,7 @@ def record(case: Case, names: Sequence[str], folder: Path) -> None:
             result.backward(torch.ones_like(result))
 
         with _threads(case.threads):
-            profile_steps(step, folder / case.id / word(name), run.network, steps=1)
+            profile_steps(step, folder / case.id / word(name), run.network, steps=1, device=device())
 
 
 @contextlib.contextmanager

@@ -103,17 +103,14 @@ def of_case(rows: Iterable[Row], case: Case) -> dict[str, Row]:
     return {row.contender: row for row in rows if row.case == case}
 
 
-def best_dense(rows: Iterable[Row], phase: str = "both") -> Row | None:
+def best_dense(rows: Iterable[Row]) -> Row | None:
     """The faster memory format of the dense layer or network: the honest baseline."""
-    dense = [row for row in rows if row.contender in DENSE and phase in row.median]
-    return min(dense, key=lambda row: row.median[phase], default=None)
+    return min((row for row in rows if row.contender in DENSE), key=lambda row: row.median["both"], default=None)
 
 
-def speed_up(base: Row | None, row: Row | None, phase: str = "both") -> float | None:
-    """How many times faster `row` is."""
-    if base is None or row is None or phase not in base.median or phase not in row.median:
-        return None
-    return base.median[phase] / row.median[phase]
+def speed_up(base: Row | None, row: Row | None) -> float | None:
+    """How many times faster `row` is, forward and backward; None if one of them is not there."""
+    return None if base is None or row is None else base.median["both"] / row.median["both"]
 
 
 # ---- cost curve

@@ -23,8 +23,8 @@ def cases(settings: Settings) -> list[Case]:
     varied = [
         base,
         *[dataclasses.replace(base, patch_size=side) for side in sides],
-        *[dataclasses.replace(base, batch_size=batch) for batch in ((2, 4, 6) if settings.full else (2,))],
-        *[dataclasses.replace(base, mask_ratio=ratio) for ratio in (ALL_RATIOS[1:] if settings.full else (0.9,))],
+        *[dataclasses.replace(base, batch_size=batch) for batch in ((2, 4, 6) if settings.full else ())],
+        *[dataclasses.replace(base, mask_ratio=ratio) for ratio in (ALL_RATIOS[1:] if settings.full else ())],
         *([] if torch.cuda.is_available() else [dataclasses.replace(base, threads=number) for number in threads]),
     ]
     return list(dict.fromkeys(varied))

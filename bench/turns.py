@@ -34,8 +34,9 @@ Report = Callable[[Case, str, str], None]  # case, contender, phase: the fixture
 # TF32 on a GPU.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 TOLERANCE_ON_GPU = {**TOLERANCE, torch.float32: 2e-3}
-# In a whole network rounding flips the signs of some activations near zero, where LeakyReLU has a kink.
-WHOLE_NETWORK = 10
+# Sums over a million voxels differ by the order in which float32 adds them up, also those of `reference`; in a whole
+# network rounding flips the signs of some activations near zero, where LeakyReLU has a kink.
+OF_SUMS = 10
 
 
 def word(name: str) -> str:
@@ -207,7 +208,7 @@ def _timed(run: Run) -> tuple[dict[str, float], Tensor]:
 def _compare(case: Case, what: str, found: Tensor, expected: Tensor) -> None:
     error = float((found - expected).norm() / expected.norm())
     limit = (TOLERANCE_ON_GPU if device() == "cuda" else TOLERANCE)[case.torch_dtype]
-    limit *= 1 if case.layer else WHOLE_NETWORK
+    limit *= OF_SUMS if not case.layer or found.dim() == 0 else 1
     if not error <= limit:
         raise WrongResult(f"{what} is wrong by {error:.1e}, beyond {limit:.1e}: its time means nothing")
 

@@ -85,7 +85,7 @@ def _results(request: pytest.FixtureRequest) -> Iterator[Results | None]:
     yield results
     if results.written:
         reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line(f"\n{write_folder(folder)}\n\nwritten to {folder}")
+        reporter.write_line("\n" + "\n\n".join([*write_folder(folder).values(), f"written to {folder}"]))
 
 
 @pytest.fixture(scope="session")

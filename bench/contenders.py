@@ -333,8 +333,7 @@ class Sparse:
                 with use_backend(self.name):
                     return BlockSparseTensor.from_dense(dense, mask).blocks
 
-            places = mask.to_dense()[:, 0].nonzero(as_tuple=True)
-            return Run(gather, layer, dense, _visible_rows(mask), lambda y: y.permute(0, 2, 3, 4, 1)[places])
+            return Run(gather, layer, dense, _visible_rows(mask), lambda y: _rows_of_dense(y, mask))
         blocks = BlockSparseTensor.from_dense(x, mask).blocks.requires_grad_()
         features = BlockSparseTensor(blocks, mask)
         if isinstance(layer, Scatter):
@@ -343,7 +342,7 @@ class Sparse:
                 with use_backend(self.name):
                     return features.to_dense(fill=layer.fill)
 
-            return Run(scatter, layer, blocks, lambda y: y, _visible_rows(mask))
+            return Run(scatter, layer, blocks, _as_it_is, _visible_rows(mask))
 
         masks: list[BlockMask] = []  # of the result
 
@@ -361,10 +360,14 @@ def _visible_rows(mask: BlockMask) -> Callable[[Tensor], Tensor]:
 
     def rows(blocks: Tensor) -> Tensor:
         with torch.no_grad():
-            dense = BlockSparseTensor(blocks.detach(), mask).to_dense(backend="reference")
-            return dense.permute(0, 2, 3, 4, 1)[mask.to_dense()[:, 0]]
+            return _rows_of_dense(BlockSparseTensor(blocks.detach(), mask).to_dense(backend="reference"), mask)
 
     return rows
+
+
+def _rows_of_dense(dense: Tensor, mask: BlockMask) -> Tensor:
+    """Visible voxels [P, C] of a dense tensor [N, C, D, H, W]."""
+    return dense.permute(0, 2, 3, 4, 1)[mask.to_dense()[:, 0]]
 
 
 # ---- other packages
@@ -382,9 +385,8 @@ class Peer:
 
     def prepare(self, case: Case, network: nn.Module, x: Tensor, mask: BlockMask) -> Run:
         assert isinstance(network, nn.Conv3d)
-        shown = mask.to_dense()[:, 0]
-        coordinates = shown.nonzero().int()  # [P, 4]: sample, d, h, w
-        features = x.permute(0, 2, 3, 4, 1)[shown].contiguous().requires_grad_()
+        coordinates = mask.to_dense()[:, 0].nonzero().int()  # [P, 4]: sample, d, h, w
+        features = _rows_of_dense(x, mask).contiguous().requires_grad_()
         weight = nn.Parameter(network.weight.detach().clone())
         bias = nn.Parameter(weight.new_zeros(len(weight)) if network.bias is None else network.bias.detach().clone())
         convolve, packed = PEERS[self.name].prepare(coordinates, mask.shape, mask.batch, weight)

@@ -108,11 +108,7 @@ def _roofline(rows: Rows, machine: dict[str, Any]) -> Figure:
     for name in dict.fromkeys(row.contender for row in mine):
         if name.startswith("dense"):
             continue  # it multiplies by zeros: its pairs are others
-        points = [
-            (row.figures["flop"] / row.figures["forward_bytes"], row.rate / 1e9)
-            for row in mine
-            if row.contender == name
-        ]
+        points = [(_intensity(row), row.rate / 1e9) for row in mine if row.contender == name]
         axes.plot(*zip(*points, strict=True), "o", label=name)
     peak = max(row.figures["multiplication_flop_per_second"] for row in mine)
     copy = max(row.figures["copy_bytes_per_second"] for row in mine)

@@ -37,13 +37,11 @@ def main() -> int:
     tables: dict[str, str] = {}
     stale: list[Path] = []
     for folder in folders:
-        found = tables_of(*read_all(folder), folder)
+        found = tables_of(*read_all(folder), folder) if options.check else write_folder(folder)
         tables.update({f"{folder.name} {name}": table for name, table in found.items()})
         if options.check:
             paths = {folder / f"{name}.md": table + "\n" for name, table in found.items()}
             stale += [path for path, text in paths.items() if not path.exists() or path.read_text() != text]
-        else:
-            write_folder(folder)
     for path in [] if options.folder else [ROOT / name for name in DOCUMENTS]:
         document = path.read_text()
         new = insert(document, tables, path.name)
@@ -56,14 +54,14 @@ def main() -> int:
     return 1 if stale else 0
 
 
-def write_folder(folder: Path) -> str:
-    """Write the tables and plots of one machine beside its results. Returns: the tables."""
+def write_folder(folder: Path) -> dict[str, str]:
+    """Write the tables and plots of one machine beside its results. Returns: the tables by name."""
     machine, rows = read_all(folder)
     tables = tables_of(machine, rows, folder)
     for name, table in tables.items():
         (folder / f"{name}.md").write_text(table + "\n")
     draw(rows, machine, folder)
-    return "\n\n".join(tables.values())
+    return tables
 
 
 def read_all(folder: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import pytest
-import torch
 from cases import MASK_KINDS
 from contenders import CONTENDERS
 
@@ -15,7 +14,7 @@ from s3d.model import PRESETS
 
 Value = TypeVar("Value")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def read_options(config: pytest.Config) -> Settings:
         blocks=values("--mask-blocks", positive, "32", "32,16", "positive integers"),
         mask_kinds=values("--mask-kinds", one_of(MASK_KINDS), "blocks", "blocks,voxels", "of blocks, voxels"),
         mask_ratios=ratios,
-        dtypes=values("--dtypes", one_of(tuple(DTYPES)), "float32", ",".join(DTYPES), f"of {', '.join(DTYPES)}"),
+        dtypes=values("--dtypes", one_of(DTYPES), "float32", ",".join(DTYPES), f"of {', '.join(DTYPES)}"),
         contenders=contenders,
         rounds=rounds,
         seconds=seconds,

@@ -83,6 +83,7 @@ def _results(request: pytest.FixtureRequest) -> Iterator[Results | None]:
     folder = Path(given) if given else Path(__file__).parent / "results" / machine["slug"]
     results = Results(folder, machine, datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
     yield results
+    results.save()
     if results.written:
         reporter = request.config.pluginmanager.get_plugin("terminalreporter")
         reporter.write_line("\n" + "\n\n".join([*write_folder(folder).values(), f"written to {folder}"]))
@@ -107,6 +108,8 @@ def report(
     def run(case: Case, contender: str, phase: str) -> None:
         benchmark.group = case.id
         if case not in _last:
+            if _results is not None:
+                _results.save()
             _last.clear()
             # Those that -k left, with a case in common.
             calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]

@@ -32,9 +32,10 @@ class Results:
         self._run = run
         self._commit = get_commit_info()
         self._entries: dict[str, list[Entry]] = {}
+        self._unsaved: set[str] = set()
 
     def add(self, question: str, case: str, entry: Entry) -> None:
-        """Add an entry of pytest-benchmark to the file of its question, at once: a run that is killed loses nothing.
+        """Add an entry of pytest-benchmark to those of its question; :meth:`save` writes them.
 
         Raises:
             ValueError: the file has results of another machine.
@@ -53,15 +54,21 @@ class Results:
         entry["extra_info"].update(commit=self._commit["id"], versions=self._machine["versions"])
         entries[:] = [e for e in entries if e["extra_info"]["case"] != case or e["extra_info"]["run"] == self._run]
         entries.append(entry)
-        content = {
-            "machine_info": self._machine,
-            "commit_info": self._commit,
-            "benchmarks": entries,
-            "datetime": self._run,
-            "version": "1",
-        }
-        save(path, content)
-        self.written = True
+        self._unsaved.add(question)
+
+    def save(self) -> None:
+        """Write what was added. Called behind every case, so that a run that is killed loses the one it measures."""
+        for question in self._unsaved:
+            content = {
+                "machine_info": self._machine,
+                "commit_info": self._commit,
+                "benchmarks": self._entries[question],
+                "datetime": self._run,
+                "version": "1",
+            }
+            save(self.folder / f"{question}.json", content)
+            self.written = True
+        self._unsaved.clear()
 
 
 def load(path: Path) -> dict[str, Any]:

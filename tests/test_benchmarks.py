@@ -57,6 +57,7 @@ def write(folder: Path, case: Case, times: dict[str, float], run: str = "first",
     for contender, seconds in times.items():
         for phase in turns.PHASES:
             results.add(case.question, case.id, entry(case, contender, seconds, phase, **figures))
+    results.save()
 
 
 # ---- measuring
@@ -237,6 +238,7 @@ def test_a_run_that_was_stopped_leaves_readable_results(tmp_path: Path) -> None:
     write(tmp_path, CASE, {"native": 1.0})
     results = Results(tmp_path, MACHINE, "second")
     results.add("encoder", "another", entry(dataclasses.replace(CASE, mask_ratio=0.5), "native", 1.0, "forward"))
+    results.save()
     machine, found = report.read_all(tmp_path)
     assert [row.case for row in found["encoder"]] == [CASE]
     assert set(report.tables_of(machine, found, tmp_path)) == {"encoder", "encoder-summary"}

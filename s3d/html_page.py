@@ -1,0 +1,58 @@
+"""Reports as one HTML file: text, tables and figures, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; }
+th { text-align: left; } img { max-width: 100%; } pre { background: #f5f5f5; padding: 1em; overflow-x: auto; }
+"""
+
+
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """A whole document from parts that are HTML already."""
+    body = "\n".join(parts)
+    name = html.escape(title)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>'
+        f"\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def html_heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def html_text(text: str) -> str:
+    """A paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def html_code(text: str) -> str:
+    """Text as it is, in a fixed-width font."""
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of plain texts and numbers."""
+    lines = ["<table><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in header) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
+    return "\n".join([*lines, "</table>"])
+
+
+def html_figure(figure: Figure, caption: str = "") -> str:
+    """A figure as an embedded PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, dpi=90, format="png")
+    data = base64.b64encode(png.getvalue()).decode()
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'

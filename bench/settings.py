@@ -55,7 +55,7 @@ class Settings:
 
 
 SMOKE = Settings(False, False, "tiny", (16,), (1,), (8,), ("blocks",), (0.75,), ("float32",), None, 1, 0.0)
-ROUNDS, SECONDS = 7, 4.0
+ROUNDS, SECONDS = 7, 3.0
 _OPTIONS = """
     --full --preset --patch-size --batch-sizes --mask-blocks --mask-kinds --mask-ratios --dtypes --contenders
     --rounds --seconds --results --profile

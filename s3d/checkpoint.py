@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FORMAT_VERSION = 1
+NEWEST = "checkpoint.pt"
+PREVIOUS = "checkpoint_previous.pt"
+
+log = logging.getLogger(__name__)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file and rename, so that a killed run never leaves half a checkpoint."""
+    """Write a checkpoint; the one that was there stays beside it as ``checkpoint_previous.pt``.
+
+    Whenever the process or the machine stops, or the disk is full, `path` is what it was before or complete.
+
+    Raises:
+        OSError: it could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            _keep(path, path.with_name(PREVIOUS))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer hides what the system said in a RuntimeError
+        raise OSError(
+            f"{path} could not be written ({error}); the checkpoint that was there before is untouched. "
+            "Make room, then the same command goes on from it."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file, as it was before or complete."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """A second name for a file, so that there is no moment without it under the first."""
+    link = previous.with_name(previous.name + ".partial")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # file systems without links
+        shutil.copyfile(path, link)
+    os.replace(link, previous)
+
+
+def find_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a folder that can be read, or None if there is none at all.
+
+    One that cannot be read is named in a warning.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be read.
+    """
+    damaged: ValueError | None = None
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                found = load_checkpoint(path, device)
+            except ValueError as error:
+                damaged = error
+                continue
+            if damaged is not None:
+                log.warning("%s; going on from %s, step %d", damaged, path, found["step"])
+            return path, found
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint. Executes no code from the file.
 
     Returns: "step", "config" (all settings), "network" (state dict of the plain ResEnc U-Net, with the names that
-        nnU-Net users know), "method" (mask tokens and densification) and the state of the optimiser.
+        nnU-Net users know), "method" (mask tokens and densification) and the state of the optimiser; "ema" and
+        "ema_method", their moving averages, if the run kept them.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a checkpoint of s3d, or of a newer version.

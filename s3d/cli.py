@@ -10,7 +10,8 @@ import tyro
 
 from .data import BadImageError
 from .demo import DemoConfig, demo
-from .pretrain import PretrainConfig, PretrainResult, pretrain
+from .pretrain import PretrainResult, pretrain
+from .pretrain_config import PretrainConfig
 from .profiling import ProfileConfig, profile
 
 

@@ -12,10 +12,12 @@ import torch
 from s3d_kernels import use_backend
 
 from .data import embedded_images
+from .distributed import choose_device
 from .loss import masked_mse
 from .masking import MaskSampler
 from .model import S3D
-from .pretrain import PretrainConfig, PretrainResult, choose_device, load_model, pretrain
+from .pretrain import PretrainResult, load_model, pretrain
+from .pretrain_config import PretrainConfig
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def html_page(title: str, parts: Iterable[str]) -> str:
     body = "\n".join(parts)
     name = html.escape(title)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>'
-        f"\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
     )
 
 
@@ -53,6 +54,15 @@ def html_figure(figure: Figure, caption: str = "") -> str:
     """A figure as an embedded PNG."""
     png = io.BytesIO()
     figure.savefig(png, dpi=90, format="png")
-    data = base64.b64encode(png.getvalue()).decode()
+    return _image(png.getvalue(), caption)
+
+
+def html_picture(path: Path, caption: str = "") -> str:
+    """A PNG file, embedded."""
+    return _image(path.read_bytes(), caption)
+
+
+def _image(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
     text = html.escape(caption)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'

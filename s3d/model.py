@@ -5,6 +5,7 @@ Source: Wald et al., "Revisiting MAE pre-training for 3D medical image segmentat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from s3d_kernels import BlockMask, BlockSparseTensor, computes_natively, sparse_instance_norm, to_sparse
 
@@ -143,6 +145,11 @@ class S3D(nn.Module):
         if self.densify is not None:
             blocks = [densify(skip) for densify, skip in zip(self.densify, blocks, strict=True)]
         return self.unet.decoder(blocks).blocks.permute(0, 4, 1, 2, 3)
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep only what goes into each stage of encoder and decoder; backward computes the rest again."""
+        for stage in (*self.unet.encoder.stages, *self.unet.decoder.stages):
+            stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False)
 
     def _fill(self, stage: int, skip: BlockSparseTensor) -> Tensor:
         """Dense features of a stage [N, C, d, h, w] from its visible ones."""

@@ -20,10 +20,12 @@ from torch.profiler import profile as torch_profile
 
 from s3d_kernels import use_backend
 
+from .distributed import Processes, choose_device
 from .layer_ranges import Layer, layer_ranges
-from .pretrain import PretrainConfig, choose_device, prepare_volumes, training_batches
+from .pretrain_config import PretrainConfig
 from .report import memory_figure, save_figure
 from .step_trace import Row, StepTrace
+from .training_data import prepare_volumes, training_batches
 from .training_step import TrainingStep, build_training
 
 # The plugin torch-tb-profiler looks for names with this ending.
@@ -52,7 +54,7 @@ class ProfileConfig:
     """Steps that are recorded; figures are means over them."""
     warmup: int = 3
     """Steps before that, which are not; all but the first tell the time of a step that is not recorded."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the network under autocast."""
     device: str = "auto"
     """cuda, cpu, ...; auto: cuda where there is one."""
@@ -146,25 +148,31 @@ def profile(config: ProfileConfig) -> Profile:
         BadImageError: an image cannot be used.
     """
     run = config.training()
-    device = choose_device(run.device)
+    alone = Processes(0, 1, choose_device(run.device))
     batches: Iterator[dict[str, Any]]
     if config.images:
-        store, training, _ = prepare_volumes(run)
-        batches = training_batches(run, store, training, 0, device)
+        store, cases, _ = prepare_volumes(run, alone)
+        batches = training_batches(run, store, cases, alone)
     else:
         generator = torch.Generator().manual_seed(run.seed)
         image = torch.randn(run.batch_size, 1, *run.patch_size, generator=generator)
         batches = itertools.repeat({"image": image})
-    model, optimizer = build_training(run, device)
-    train = TrainingStep(run, model, optimizer, device, phase=record_function)
+    training = build_training(run, alone.device)
+    train = TrainingStep(run, training, alone, phase=record_function)
     numbers = itertools.count()
 
     def step() -> None:
-        loss, _ = train(train.read(batches), next(numbers))
-        loss.item()  # as the trainer, which writes it to the log
+        train(train.read(batches), next(numbers)).loss.item()  # as the trainer, which writes it to the log
 
     with use_backend(run.backend):
-        result = profile_steps(step, config.output_dir, model, warmup=config.warmup, steps=config.steps, device=device)
+        result = profile_steps(
+            step,
+            config.output_dir,
+            training.model,
+            warmup=config.warmup,
+            steps=config.steps,
+            device=alone.device,
+        )
     print(
         f"{result.table()}\na step took {result.step_ms:.0f} ms on {result.device} while recorded, "
         f"{result.unrecorded_ms:.0f} ms before\n"

@@ -4,13 +4,58 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "samples_per_second")
+COLUMNS = (
+    "step",
+    "loss",
+    "validation_loss",
+    "learning_rate",
+    "gradient_norm",
+    "mask_ratio",
+    "samples_per_second",
+    "data_share",  # of the time since the last row that the step waited for patches
+    "memory_mib",  # highest so far: of the process, or of torch's allocator on a GPU
+)
+SKIPPED_COLUMNS = ("step", "loss", "gradient_norm", "images")
+
+
+class CsvLog:
+    """Appends rows to a CSV file; on resume, rows behind the checkpoint are dropped, so that no step stands twice.
+
+    Args:
+        path: of the file.
+        columns: the first is "step".
+        start_step: steps already done; 0 keeps nothing.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], start_step: int) -> None:
+        self.path = path
+        kept = []
+        if start_step > 0 and path.exists():
+            with open(path, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start_step]
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(partial, path)
+        self._file = open(path, "a", newline="")  # noqa: SIM115 (open as long as the run)
+        self._writer = csv.DictWriter(self._file, columns)
+
+    def write(self, **values: object) -> None:
+        """One row; columns that are not given stay empty."""
+        self._writer.writerow(values)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class TrainingLog:
-    """Appends rows to ``log.csv``; on resume, rows after the checkpoint are dropped, so that no step stands twice.
+    """``log.csv``, ``skipped_steps.csv`` and TensorBoard's files of a run.
 
     Args:
         folder: of the run.
@@ -21,28 +66,24 @@ class TrainingLog:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         self.path = folder / "log.csv"
-        # A run that starts anew, because there was no checkpoint yet, keeps nothing.
         resumed = start_step > 0 and self.path.exists()
-        kept = [row for row in read_log(self.path) if row["step"] <= start_step] if resumed else []
-        partial = self.path.with_name("log.csv.partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(partial, self.path)
-        self._file = open(self.path, "a", newline="")  # noqa: SIM115 (open as long as the run)
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._rows = CsvLog(self.path, COLUMNS, start_step)
+        self._skipped = CsvLog(folder / "skipped_steps.csv", SKIPPED_COLUMNS, start_step)
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if resumed else 0)
 
     def write(self, step: int, **values: float) -> None:
-        """One row; columns that are not given stay empty."""
-        self._writer.writerow({"step": step, **values})
-        self._file.flush()
+        """One row, and a scalar for each value."""
+        self._rows.write(step=step, **values)
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
+    def write_skipped(self, step: int, loss: float, gradient_norm: float, images: Sequence[str]) -> None:
+        """A step that was skipped, and what it was trained on."""
+        self._skipped.write(step=step, loss=loss, gradient_norm=gradient_norm, images="; ".join(images))
+
     def close(self) -> None:
-        self._file.close()
+        self._rows.close()
+        self._skipped.close()
         self.tensorboard.close()
 
 

@@ -1,0 +1,104 @@
+"""A page about a run: curves, the last picture, settings."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .checkpoint import write_text
+from .html_page import html_code, html_figure, html_heading, html_page, html_picture, html_table
+from .pretrain_config import PretrainConfig
+from .report import loss_figure, save_figure
+from .training_log import read_log
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORT = "report.html"
+
+
+def write_run_report(config: PretrainConfig, baseline: float) -> None:
+    """Write ``report.html`` and ``loss.png`` from ``log.csv`` of a run's folder.
+
+    Args:
+        config: of the run.
+        baseline: validation loss of predicting the mean of the visible voxels.
+    """
+    folder = config.output_dir
+    rows = read_log(folder / "log.csv")
+    loss = loss_figure(folder / "log.csv", baseline)
+    save_figure(loss, folder / "loss.png")
+    parts = [html_table(("", ""), _summary(config, rows, baseline)), html_figure(loss, "Loss")]
+    parts += [html_heading("Training"), html_figure(curves_figure(rows), "Learning rate, speed, waiting and memory")]
+    ratios = mask_ratio_figure(rows)
+    if ratios is not None:
+        parts.append(html_figure(ratios, "Loss against the masked share"))
+    pictures = sorted(folder.glob("reconstruction_*.png"))
+    if pictures:
+        parts += [html_heading("Reconstruction"), html_picture(pictures[-1], pictures[-1].stem)]
+    parts += [html_heading("Settings"), html_code(json.dumps(config.plain(), indent=2))]
+    write_text(folder / REPORT, html_page(f"Pre-training: {folder.name}", parts))
+
+
+def _summary(config: PretrainConfig, rows: list[dict[str, float]], baseline: float) -> list[tuple[str, str]]:
+    training = [row for row in rows if "loss" in row]
+    validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    summary = [("steps", f"{max(row['step'] for row in rows)} of {config.steps}")]
+    if validation:
+        summary += [
+            ("validation loss", f"{validation[0]:.4f} -> {validation[-1]:.4f}"),
+            ("of predicting the visible mean", f"{validation[-1] / baseline:.3f} (that is {baseline:.4f})"),
+        ]
+    if training:
+        speed = float(np.median([row["samples_per_second"] for row in training]))
+        waited = float(np.mean([row["data_share"] for row in training if "data_share" in row] or [0.0]))
+        memory = max(row.get("memory_mib", 0.0) for row in training)
+        summary += [
+            ("samples per second, median", f"{speed:.2f}"),
+            ("waiting for patches", f"{waited:.0%} of the time"),
+            ("memory, highest", f"{memory / 1024:.2f} GiB"),
+        ]
+    return summary
+
+
+def curves_figure(rows: list[dict[str, float]]) -> Figure:
+    """Learning rate, gradient norm, samples per second, waiting for data and memory against the step."""
+    from matplotlib.figure import Figure
+
+    columns = {
+        "learning_rate": "learning rate",
+        "gradient_norm": "gradient norm",
+        "samples_per_second": "samples / s",
+        "data_share": "share of waiting for patches",
+        "memory_mib": "memory, MiB",
+    }
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    for axis, (column, label) in zip(axes.flat, columns.items(), strict=False):
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), linewidth=0.8)
+        axis.set_title(label)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+    axes.flat[-1].axis("off")
+    return figure
+
+
+def mask_ratio_figure(rows: list[dict[str, float]]) -> Figure | None:
+    """The loss of each step against its masked share; None unless shares differ."""
+    from matplotlib.figure import Figure
+
+    points = [(row["mask_ratio"], row["loss"], row["step"]) for row in rows if "loss" in row and "mask_ratio" in row]
+    if len({ratio for ratio, _, _ in points}) < 2:
+        return None
+    ratio, loss, step = (np.array(column) for column in zip(*points, strict=True))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    dots = axes.scatter(ratio, loss, c=step, s=8, cmap="viridis")
+    figure.colorbar(dots, label="step")
+    axes.set_xlabel("masked share of the voxels")
+    axes.set_ylabel("loss of the step")
+    return figure

@@ -50,12 +50,12 @@ class PretrainConfig:
     batch_size: int = 6
     """Patches per step, over all processes."""
     accumulate: int | None = None
-    """Parts into which a process cuts its patches of a step, one after the other, to save memory; None: as few as fit."""
+    """Parts into which a process cuts its patches of a step, one after the other; None: as few as memory allows."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, as published, or AdamW."""
     learning_rate: float | None = None
-    """The largest, behind the warm-up; then it decays as (1 - step / steps) ** 0.9. Default: 1e-2 for SGD (published), 1e-4
-    for AdamW."""
+    """The largest, behind the warm-up; then it decays as (1 - step / steps) ** 0.9. Default: 1e-2 for SGD (published),
+    1e-4 for AdamW."""
     warmup_steps: int = 0
     """Steps in which the learning rate grows linearly from nearly 0."""
     momentum: float = 0.99
@@ -99,10 +99,10 @@ class PretrainConfig:
     log_every: int = 1
     """Steps between rows of the log."""
     resume: str = "auto"
-    """auto: go on from the newest readable checkpoint in the output folder; or the path of one; never: refuse a folder that
-    has one."""
+    """auto: go on from the newest readable checkpoint in the output folder; never: refuse a folder that has one; or the
+    path of a checkpoint of the same settings."""
     max_skipped: int = 10
-    """Steps in a row whose loss or gradient may be not finite; they are skipped and recorded. One more stops the run."""
+    """Steps in a row that are skipped and recorded because loss or gradient are not finite; one more stops the run."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -200,10 +200,10 @@ class PretrainConfig:
             )
 
 
-# A resumed run may differ in these without becoming another run: its samples, masks and gradients are the same up to rounding.
+# A resumed run may differ in these without becoming another run: samples, masks and gradients (up to rounding) stay.
 RESUMABLE_FIELDS = frozenset(
-    """output_dir volumes machine accumulate checkpoint_activations compile device workers validate_every checkpoint_every
-    log_every resume max_skipped""".split()
+    """output_dir volumes machine accumulate checkpoint_activations compile device workers validate_every
+    checkpoint_every log_every resume max_skipped""".split()
 )
 
 # What differs from the published settings on a kind of machine.

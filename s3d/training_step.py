@@ -43,7 +43,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it; tensors are not copied."""
-        state = {**_split(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {**_split(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
         if self.average is not None:
@@ -108,8 +108,8 @@ class StepResult:
 class TrainingStep:
     """Reads a batch, then forward, loss, backward, clipping and optimiser.
 
-    A step is the same whatever the number of processes and of parts: masks are those of the whole batch, and the loss is
-    the mean over all its masked voxels. So gradients are equal up to rounding.
+    A step is the same whatever the number of processes and of parts: masks are those of the whole batch, and the loss
+    is the mean over all its masked voxels. So gradients are equal up to rounding.
 
     Args:
         config: of the run.

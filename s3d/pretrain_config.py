@@ -176,8 +176,13 @@ class PretrainConfig:
         return self.peak_learning_rate * (1 - rest) ** 0.9
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain JSON types."""
-        return dict(json.loads(json.dumps(dataclasses.asdict(self), default=str)))
+        """The settings as plain JSON types, defaults that depend on others worked out."""
+        values = {
+            **dataclasses.asdict(self),
+            "learning_rate": self.peak_learning_rate,
+            "weight_decay": self.decay,
+        }
+        return dict(json.loads(json.dumps(values, default=str)))
 
     def check_same_run(self, saved: dict[str, Any], folder: Path) -> None:
         """Settings that make another run are refused, or a resumed run would silently be two.
@@ -188,10 +193,12 @@ class PretrainConfig:
         Raises:
             ValueError: names what differs.
         """
+        # Settings that the version which began the run did not know were what is now their default.
+        before = {**PretrainConfig(output_dir=folder).plain(), **saved}
         different = [
-            f"{name} (was {saved.get(name)!r}, is {value!r})"
+            f"{name} (was {before[name]!r}, is {value!r})"
             for name, value in self.plain().items()
-            if name not in RESUMABLE_FIELDS and saved.get(name) != value
+            if name not in RESUMABLE_FIELDS and before[name] != value
         ]
         if different:
             raise ValueError(

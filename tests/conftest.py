@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from s3d.pretrain import PretrainResult
+    from s3d.pretrain_config import PretrainConfig
 
 # Triton reads it once, when it is imported: its kernels are functions in Python then, which run on CPU tensors.
 if not torch.cuda.is_available():
@@ -22,3 +28,22 @@ def measurements_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Itera
         path = tmp_path_factory.mktemp("cache") / "measurements.json"
         patch.setattr(measurements, "_store", measurements.MeasurementStore(path))
         yield
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three smooth volumes."""
+    from small_runs import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PretrainConfig, PretrainResult]:
+    """A run of six steps, left alone."""
+    from small_runs import configure
+
+    from s3d.pretrain import pretrain
+
+    config = configure(images, tmp_path_factory.mktemp("run") / "a")
+    return config, pretrain(config)

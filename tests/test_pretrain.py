@@ -1,7 +1,10 @@
 """Pre-training end to end on small volumes: logs, exact resume, errors, command line."""
 
+import csv
 import dataclasses
+import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 import torch
+from small_runs import configure, losses, stopped_at
 
 import s3d.pretrain as pretrain_module
 import s3d.training_step as training_step_module
@@ -22,55 +25,12 @@ from s3d.checkpoint import load_checkpoint
 from s3d.cli import main
 from s3d.masking import MaskSampler
 from s3d.model import build_unet
-from s3d.pretrain import PretrainConfig, PretrainResult, load_model, pretrain
+from s3d.pretrain import PretrainResult, load_model, pretrain
+from s3d.pretrain_config import MACHINES, PretrainConfig, machine_config
 from s3d.training_log import read_log
-from s3d_kernels import BlockMask
 
 # Losses of 20 steps of `golden_config`; a change of numerics changes them. The tolerance covers other instruction sets.
 GOLDEN = Path(__file__).parent / "golden_losses.json"
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three smooth volumes of 40x36x44 voxels of 1 mm."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in (40, 36, 44)), indexing="ij")
-    for number in range(3):
-        waves = sum(np.sin(rng.uniform(2, 6) * axis + rng.uniform(0, 6)) for axis in axes)
-        head = sum(axis**2 for axis in axes) < 1.2
-        volume = np.where(head, 100 + 20 * waves, 0).astype(np.float32)
-        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), folder / f"head{number}.nii.gz")
-    return folder
-
-
-def configure(images: Path, output: Path, **changes: object) -> PretrainConfig:
-    settings: dict[str, object] = {
-        "images": (str(images),),
-        "output_dir": output,
-        "preset": "tiny",
-        "patch_size": (32, 32, 32),
-        "mask_block": 8,
-        "batch_size": 2,
-        "steps": 6,
-        "momentum": 0.9,
-        "validate_every": 3,
-        "checkpoint_every": 100,
-        "workers": 0,
-        "device": "cpu",
-    }
-    return PretrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
-
-
-def losses(output: Path) -> list[float]:
-    return [row["loss"] for row in read_log(output / "log.csv") if "loss" in row]
-
-
-@pytest.fixture(scope="session")
-def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PretrainConfig, PretrainResult]:
-    """A run of six steps, left alone."""
-    config = configure(images, tmp_path_factory.mktemp("run") / "a")
-    return config, pretrain(config)
 
 
 def test_a_run_leaves_everything_a_user_wants(finished: tuple[PretrainConfig, PretrainResult]) -> None:
@@ -208,10 +168,48 @@ def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
         pretrain(config)
 
 
-def test_a_diverging_run_says_so(images: Path, tmp_path: Path) -> None:
-    config = configure(images, tmp_path / "run", learning_rate=1e30, steps=5, gradient_clip=1e30)
-    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf).*learning_rate"):
+def test_a_diverging_run_names_its_images(images: Path, tmp_path: Path) -> None:
+    config = configure(images, tmp_path / "run", learning_rate=1e30, steps=8, gradient_clip=1e30, max_skipped=2)
+    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf), in 3 steps in a row.*head\d.nii.gz"):
         pretrain(config)
+    with open(config.output_dir / "skipped_steps.csv", newline="") as file:
+        skipped = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in skipped] == [2, 3, 4]
+    assert all("head" in row["images"] and ";" in row["images"] for row in skipped)
+
+
+def test_a_step_that_is_not_finite_is_skipped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, momentum and averages stay; the next steps go on."""
+    original, calls = training_step_module.masked_mse, []
+
+    def loss(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        value = original(*arguments)  # type: ignore[arg-type]
+        return value * float("nan") if len(calls) == 3 else value
+
+    monkeypatch.setattr(training_step_module, "masked_mse", loss)
+    saved = []
+    check = pretrain_module.SkippedSteps.check
+
+    def watch(self: pretrain_module.SkippedSteps, *arguments: object) -> None:
+        saved.append({name: value.clone() for name, value in training[0].model.state_dict().items()})
+        check(self, *arguments)  # type: ignore[arg-type]
+
+    training: list[training_step_module.Training] = []
+    build = pretrain_module.build_training
+
+    def built(*arguments: object) -> training_step_module.Training:
+        training.append(build(*arguments))  # type: ignore[arg-type]
+        return training[0]
+
+    monkeypatch.setattr(pretrain_module.SkippedSteps, "check", watch)
+    monkeypatch.setattr(pretrain_module, "build_training", built)
+    result = pretrain(configure(images, tmp_path / "run", max_skipped=1))
+    assert result.steps == 6
+    assert all(torch.equal(saved[1][name], saved[2][name]) for name in saved[0])
+    assert not all(torch.equal(saved[2][name], saved[3][name]) for name in saved[0])
+    rows = read_log(tmp_path / "run" / "log.csv")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 5, 6]
 
 
 def test_bad_images_are_named_or_skipped(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,6 +250,12 @@ def test_bad_images_are_named_or_skipped(images: Path, tmp_path: Path, capsys: p
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"workers": -1}, "workers must be at least 0"),
+        ({"accumulate": 4}, "accumulate must divide batch_size=2, got 4"),
+        ({"warmup_steps": 6}, r"warmup_steps must be in \[0, steps=6\)"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"foreground": 2.0}, r"foreground must be in \[0, 1\]"),
+        ({"machine": "mainframe"}, "machine must be one of published"),
+        ({"volumes": Path("x")}, "give volumes or images, not both"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -267,20 +271,6 @@ def test_a_device_that_is_not_there_is_named_before_any_work(images: Path, tmp_p
 
 def test_momentum_may_be_zero(images: Path, tmp_path: Path) -> None:
     assert pretrain(configure(images, tmp_path / "run", momentum=0.0, steps=1)).steps == 1
-
-
-def stopped_at(config: PretrainConfig, step: int) -> PretrainResult:
-    """Run until a stop signal arrives during this step."""
-    original = pretrain_module.MaskSampler.__call__
-
-    def sample(self: MaskSampler, batch: int, *stream: int, **keywords: object) -> BlockMask:
-        if stream == (0, step - 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, *stream, **keywords)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_module.MaskSampler, "__call__", sample)
-        return pretrain(config)
 
 
 def test_other_images_are_another_run(images: Path, tmp_path: Path) -> None:
@@ -305,9 +295,9 @@ def test_resume_knows_the_last_validation(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_does_not_save_broken_weights(images: Path, tmp_path: Path) -> None:
-    config = configure(images, tmp_path / "run", learning_rate=1e30, gradient_clip=1e30, log_every=1000, steps=50)
+    config = configure(images, tmp_path / "run", learning_rate=1e45, log_every=1000, steps=50)
     with pytest.raises(FloatingPointError, match="weights are not finite"):
-        stopped_at(config, 6)
+        stopped_at(config, 2)
     assert not (config.output_dir / "checkpoint.pt").exists()
 
 
@@ -360,8 +350,46 @@ def test_no_images_is_an_error(tmp_path: Path) -> None:
 def test_published_defaults() -> None:
     config = PretrainConfig(images=("x",), output_dir=Path("y"))
     assert (config.preset, config.patch_size, config.mask_block) == ("resenc-l", (160, 160, 160), 32)
-    assert (config.steps, config.batch_size, config.learning_rate) == (250_000, 6, 1e-2)
-    assert (config.momentum, config.weight_decay, config.gradient_clip) == (0.99, 3e-5, 12.0)
+    assert (config.steps, config.batch_size, config.peak_learning_rate) == (250_000, 6, 1e-2)
+    assert (config.momentum, config.decay, config.gradient_clip) == (0.99, 3e-5, 12.0)
+
+
+def test_published_values_of_the_optimisers() -> None:
+    sgd = PretrainConfig(output_dir=Path("y"))
+    adamw = PretrainConfig(output_dir=Path("y"), optimizer="adamw")
+    assert (sgd.peak_learning_rate, sgd.decay) == (1e-2, 3e-5)
+    assert (adamw.peak_learning_rate, adamw.decay) == (1e-4, 0.05)
+
+
+def test_learning_rate() -> None:
+    config = PretrainConfig(output_dir=Path("y"), steps=110, warmup_steps=10, learning_rate=1.0)
+    rates = [config.learning_rate_at(step) for step in range(110)]
+    assert rates[:2] == pytest.approx([1 / 11, 2 / 11])
+    assert max(rates) == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5**0.9)
+    assert 0 < rates[-1] < 0.02
+
+
+@pytest.mark.parametrize("machine", list(MACHINES))
+def test_machines_differ_from_the_published_settings_only_where_they_say(machine: str) -> None:
+    config = machine_config(machine, output_dir=Path("y"), seed=3)
+    published = PretrainConfig(output_dir=Path("y"), seed=3)
+    different = {
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(published, field.name)
+    }
+    assert different - {"machine"} == set(MACHINES[machine])
+
+
+def test_the_command_line_takes_a_machine(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[PretrainConfig] = []
+    monkeypatch.setattr("s3d.cli._pretrain", configs.append)
+    main(["pretrain", "--machine", "laptop", "--images", "x", "--output-dir", str(tmp_path), "--steps", "7"])
+    assert (configs[0].preset, configs[0].steps, configs[0].machine) == ("small", 7, "laptop")
+    with pytest.raises(SystemExit) as exit_:
+        main(["pretrain", "--machine", "mainframe", "--images", "x", "--output-dir", str(tmp_path)])
+    assert exit_.value.code == 2
 
 
 def test_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,10 +398,11 @@ def test_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         main(["pretrain", "--help"])
     options = set(re.findall(r"--([a-z][a-z-]+)", capsys.readouterr().out))
     expected = """
-        augment backend batch-size cache-dir checkpoint-every densify device gradient-clip help images learning-rate
-        log-every mask-block mask-ratio mask-tokens momentum no-augment no-densify no-mask-tokens no-skip-bad
-        no-sparse output-dir patch-size precision preset seed skip-bad spacing-mm sparse steps validate-every
-        validation-fraction weight-decay workers
+        accumulate augment backend batch-size checkpoint-activations checkpoint-every compile densify device ema-decay
+        foreground gradient-clip help images learning-rate log-every machine mask-block mask-ratio mask-tokens
+        max-skipped momentum no-augment no-checkpoint-activations no-compile no-densify no-mask-tokens no-skip-bad
+        no-sparse optimizer output-dir patch-size precision preset ratio-per resume seed skip-bad spacing-mm sparse
+        steps validate-every validation-fraction volumes warmup-steps weight-decay workers
     """.split()
     assert options == set(expected)
 
@@ -381,6 +410,143 @@ def test_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bfloat16_trains(images: Path, tmp_path: Path) -> None:
     result = pretrain(configure(images, tmp_path / "run", precision="bfloat16", steps=3))
     assert np.isfinite(result.final_loss)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accumulate": 2},
+        {"checkpoint_activations": True},
+        {"compile": True},
+        {"workers": 1},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_or_time_changes_nothing(
+    change: dict[str, object], finished: tuple[PretrainConfig, PretrainResult], images: Path, tmp_path: Path
+) -> None:
+    config, expected = finished
+    result = pretrain(configure(images, tmp_path / "run", **change))
+    assert losses(tmp_path / "run") == pytest.approx(losses(config.output_dir), rel=1e-5)
+    assert result.final_loss == pytest.approx(expected.final_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "float16"},
+        {"optimizer": "adamw", "warmup_steps": 2},
+        {"ema_decay": 0.5},
+        {"mask_ratio": (0.6, 0.9), "ratio_per": "batch"},
+    ],
+    ids=str,
+)
+def test_a_run_with_other_settings_resumes_exactly(change: dict[str, object], images: Path, tmp_path: Path) -> None:
+    whole = pretrain(configure(images, tmp_path / "whole", **change))
+    config = configure(images, tmp_path / "stopped", **change)
+    assert stopped_at(config, 3).steps == 3
+    resumed = pretrain(config)
+    assert losses(config.output_dir) == losses(tmp_path / "whole")
+    ours, theirs = load_checkpoint(resumed.checkpoint), load_checkpoint(whole.checkpoint)
+    for part in ("network", "method", *(["ema", "ema_method"] if "ema_decay" in change else [])):
+        assert all(torch.equal(ours[part][name], value) for name, value in theirs[part].items())
+    if "ema_decay" in change:
+        assert not all(torch.equal(ours["ema"][name], value) for name, value in ours["network"].items())
+
+
+def test_the_average_is_that_of_the_weights(images: Path, tmp_path: Path) -> None:
+    """After one step it is the weights; then 0.75 of it and 0.25 of the new weights."""
+    weights = []
+    for steps in (1, 2):
+        config = configure(images, tmp_path / f"run{steps}", steps=2, ema_decay=0.75)
+        result = stopped_at(config, 1) if steps == 1 else pretrain(config)
+        weights.append(load_checkpoint(result.checkpoint))
+    name = "encoder.stem.convs.0.conv.weight"
+    assert torch.equal(weights[0]["ema"][name], weights[0]["network"][name])
+    expected = 0.75 * weights[0]["network"][name] + 0.25 * weights[1]["network"][name]
+    torch.testing.assert_close(weights[1]["ema"][name], expected)
+
+
+def test_mask_ratio_of_a_batch(images: Path, tmp_path: Path) -> None:
+    sampler = MaskSampler((32, 32, 32), 8, (0.3, 0.9), 0, "batch")
+    for step in range(5):
+        visible = sampler(4, 0, step).tables.grid.flatten(1).sum(1)
+        assert len(set(visible.tolist())) == 1
+    part = sampler(4, 0, 2, samples=slice(1, 3)).tables.grid
+    assert torch.equal(part, sampler(4, 0, 2).tables.grid[1:3])
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+    finished: tuple[PretrainConfig, PretrainResult],
+    images: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = configure(images, tmp_path / "run", checkpoint_every=2)
+    assert stopped_at(config, 5).steps == 5
+    whole = (config.output_dir / "checkpoint.pt").read_bytes()
+    (config.output_dir / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    assert pretrain(config).steps == 6
+    assert re.search(r"checkpoint\.pt is not a readable.*going on from .*checkpoint_previous\.pt, step 4", caplog.text)
+    assert losses(config.output_dir) == losses(finished[0].output_dir)
+
+
+def test_resume_from_a_path_or_never(images: Path, tmp_path: Path) -> None:
+    config = configure(images, tmp_path / "run", checkpoint_every=2)
+    pretrain(config)
+    with pytest.raises(ValueError, match="holds a run and resume is 'never'"):
+        pretrain(dataclasses.replace(config, resume="never"))
+    other = dataclasses.replace(
+        config, output_dir=tmp_path / "other", resume=str(config.output_dir / "checkpoint_previous.pt")
+    )
+    assert pretrain(other).steps == 6
+    assert losses(other.output_dir) == losses(config.output_dir)[4:]
+
+
+def test_a_full_disk_keeps_the_checkpoint(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(images, tmp_path / "run", checkpoint_every=2)
+    save, saved = torch.save, []
+
+    def fill(content: object, file: object) -> None:
+        saved.append(1)
+        if len(saved) == 2:
+            file.write(b"half")  # type: ignore[attr-defined]
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .*No space left.*untouched"):
+            pretrain(config)
+    assert load_checkpoint(config.output_dir / "checkpoint.pt")["step"] == 2
+    assert not list(config.output_dir.glob("*.partial"))
+    assert pretrain(config).steps == 6
+
+
+def test_slow_data_are_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("s3d.progress.WATCHED_STEPS", 3)
+    monkeypatch.setattr("s3d.progress.FIRST_STEPS", 1)
+    read = training_step_module.TrainingStep.read
+
+    def slow(*arguments: object) -> object:
+        time.sleep(1)
+        return read(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(training_step_module.TrainingStep, "read", slow)
+        pretrain(configure(images, tmp_path / "run", steps=4))
+    assert "the data are the bottleneck" in caplog.text
+    rows = [row for row in read_log(tmp_path / "run" / "log.csv") if "loss" in row]
+    assert all(row["data_share"] > 0.5 for row in rows[1:])
+
+
+def test_a_report_shows_curves_settings_and_a_picture(finished: tuple[PretrainConfig, PretrainResult]) -> None:
+    page = (finished[0].output_dir / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "&quot;mask_ratio&quot;: 0.75" in page
+    assert "6 of 6" in page
 
 
 def test_golden_losses(images: Path, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def build_training(config: PretrainConfig, device: torch.device) -> Training:
     model = S3D(
         build_unet(config.preset), sparse=config.sparse, mask_tokens=config.mask_tokens, densify=config.densify
     ).to(device)
+    # Heads of lower resolutions belong to the network and its checkpoint, but without deep supervision none is used.
+    model.unet.decoder.seg_layers[:-1].requires_grad_(False)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
     if config.checkpoint_activations:
         model.checkpoint_activations()

@@ -27,9 +27,9 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def configure(images: Path, output: Path, **changes: object) -> PretrainConfig:
+def configure(images: Path | None, output: Path, **changes: object) -> PretrainConfig:
     settings: dict[str, object] = {
-        "images": (str(images),),
+        "images": () if images is None else (str(images),),
         "output_dir": output,
         "preset": "tiny",
         "patch_size": (32, 32, 32),

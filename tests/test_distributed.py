@@ -16,7 +16,7 @@ from s3d.distributed import Processes
 from s3d.pretrain import pretrain
 from s3d.training_data import StepOrder
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def environment() -> dict[str, str]:
 
 def test_two_processes_train_as_one(volumes: Path, tmp_path: Path) -> None:
     """A run of one process, stopped behind step 3 and resumed by two, loses what it loses undisturbed."""
-    settings = {"images": (), "volumes": volumes, "mask_ratio": (0.3, 0.9)}  # samples with different counts
-    whole = pretrain(configure(Path(), tmp_path / "whole", **settings))
-    config = configure(Path(), tmp_path / "shared", **settings)
+    settings: dict[str, object] = {"volumes": volumes, "mask_ratio": (0.3, 0.9)}  # samples with different counts
+    whole = pretrain(configure(None, tmp_path / "whole", **settings))
+    config = configure(None, tmp_path / "shared", **settings)
     assert stopped_at(config, 3).steps == 3
     done = subprocess.run(
         command(volumes, config.output_dir, "--mask-ratio", "0.3", "0.9"),
@@ -59,7 +59,8 @@ def test_two_processes_train_as_one(volumes: Path, tmp_path: Path) -> None:
     assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-4)
     for part in ("network", "method"):
         for name, value in theirs[part].items():
-            assert float((ours[part][name] - value).norm()) <= 1e-4 * float(value.norm()), name
+            # Biases in front of a norm have no gradient but rounding.
+            assert float((ours[part][name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-7, name
 
 
 def test_a_signal_stops_all_processes_behind_one_step(volumes: Path, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_images_and_uneven_batches_are_refused(images: Path, volumes: Path, tmp_
 
 
 def test_processes_and_parts_share_the_samples_of_a_step() -> None:
-    config = configure(Path(), Path("y"), images=(), batch_size=12, steps=3)
+    config = configure(None, Path("y"), batch_size=12, steps=3)
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for rank in range(3):
         order = StepOrder(config, Processes(rank, 3, None), parts=2, start_step=1)  # type: ignore[arg-type]

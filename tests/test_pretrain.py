@@ -294,8 +294,16 @@ def test_resume_knows_the_last_validation(images: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4]
 
 
-def test_a_signal_does_not_save_broken_weights(images: Path, tmp_path: Path) -> None:
-    config = configure(images, tmp_path / "run", learning_rate=1e45, log_every=1000, steps=50)
+def test_a_signal_does_not_save_broken_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(images, tmp_path / "run")
+    original = training_step_module.TrainingStep.__call__
+
+    def poison(self: training_step_module.TrainingStep, *arguments: object) -> object:
+        result = original(self, *arguments)  # type: ignore[arg-type]
+        next(self.training.model.parameters()).data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(training_step_module.TrainingStep, "__call__", poison)
     with pytest.raises(FloatingPointError, match="weights are not finite"):
         stopped_at(config, 2)
     assert not (config.output_dir / "checkpoint.pt").exists()

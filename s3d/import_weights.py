@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 
 # Wrappers that prepend their name to every key: DistributedDataParallel, torch.compile, nnssl's SparK3D.
 WRAPPERS = ("module.", "_orig_mod.", "architecture.")
+# Entries that are read beside the weights, and where in the checkpoint they end up.
+FACTS = {"nnssl_adaptation_plan": "config", "trainer_name": "imported"}
 DEAD_COPY = "a copy that its network does not compute with"
+NOT_A_WEIGHT = "not a weight"
 LISTED = 5  # names in the summary; the table has all
 
 Action = Literal["used", "converted", "dropped", "initialised"]
@@ -139,19 +142,24 @@ def _sources(raw: Any, name: str) -> tuple[list[_Source], list[KeyRow]]:
     if "format_version" in raw:
         raise ValueError(f"{name} is a checkpoint of s3d already")
     tables = {entry: raw[entry] for entry in ("network_weights", "spark_weights") if entry in raw}
-    others = [] if not tables else [str(entry) for entry in raw if entry not in tables]
-    sources = []
+    sources, rows = [], []
+    for entry in (str(entry) for entry in raw if tables and entry not in tables):
+        if entry in FACTS:
+            rows.append(KeyRow(entry, "used", FACTS[entry], "patch size, voxel size and origin, where it tells them"))
+        else:
+            rows.append(KeyRow(entry, "dropped", "", NOT_A_WEIGHT))
     for entry, table in (tables or {"": raw}).items():
         for key, tensor in table.items():
             full = f"{entry}/{key}" if entry == "spark_weights" else str(key)
             if isinstance(tensor, Tensor):
                 sources.append(_Source(full, _plain_name(str(key)), tensor))
             else:
-                others.append(full)
-    return sources, [KeyRow(other, "dropped", "", "not a weight") for other in others]
+                rows.append(KeyRow(full, "dropped", "", NOT_A_WEIGHT))
+    return sources, rows
 
 
 def _plain_name(key: str) -> str:
+    """The name of a key of the file in the plain U-Net or among the weights of the method, if it belongs to them."""
     while key.startswith(WRAPPERS):
         key = key.partition(".")[2]
     if key.startswith(("stem.", "stages.")):  # s3d export --format encoder
@@ -172,6 +180,7 @@ def _aliases(network: nn.Module) -> list[list[str]]:
 
 
 def _precedence(name: str) -> tuple[bool, bool]:
+    """Smallest for the name through which a forward pass reaches the module."""
     return name.startswith("decoder.encoder."), ".all_modules." not in name
 
 

@@ -107,6 +107,8 @@ def test_sparse_checkpoint_of_nnssl(tmp_path: Path) -> None:
 
     expected = {*content["network_weights"], *(f"spark_weights/{name}" for name in content["spark_weights"])}
     assert rows.keys() == expected | {"trainer_name", "current_epoch"}
+    assert rows["trainer_name"]["target"] == "imported"
+    assert rows["current_epoch"]["action"] == "dropped"
     assert rows["encoder.stem.convs.0.all_modules.0.weight"]["action"] == "used"
     assert rows["encoder.stem.convs.0.conv.weight"]["action"] == "dropped"
     assert "does not compute" in rows["encoder.stem.convs.0.conv.weight"]["reason"]

@@ -1,4 +1,4 @@
-"""The command line: `s3d pretrain`, `s3d profile`, `s3d demo`. Options come from the dataclasses of the commands."""
+"""The command line: `s3d pretrain`, `s3d profile`, ... Options come from the dataclasses of the commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import tyro
 
 from .data import BadImageError
 from .demo import DemoConfig, demo
+from .export_weights import ExportConfig, export
+from .import_weights import ImportConfig, import_weights
 from .pretrain import PretrainConfig, PretrainResult, pretrain
 from .profiling import ProfileConfig, profile
 
@@ -27,10 +29,12 @@ def _pretrain(config: PretrainConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. Mistakes of the user end with one line on standard error and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands: dict[str, Callable[..., DemoConfig | PretrainConfig | ProfileConfig]] = {
+    commands: dict[str, Callable[..., DemoConfig | ExportConfig | ImportConfig | PretrainConfig | ProfileConfig]] = {
         "pretrain": PretrainConfig,
         "profile": ProfileConfig,
         "demo": DemoConfig,
+        "export": ExportConfig,
+        "import": ImportConfig,
     }
     config = tyro.extras.subcommand_cli_from_dict(commands, prog="s3d", args=arguments)
     try:
@@ -38,6 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
             demo(config)
         elif isinstance(config, ProfileConfig):
             profile(config)
+        elif isinstance(config, ExportConfig):
+            export(config)
+        elif isinstance(config, ImportConfig):
+            import_weights(config)
         else:
             _pretrain(config)
     except KeyboardInterrupt:

@@ -26,20 +26,33 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: it could not be written.
     """
+    save_atomically(path, {"format_version": FORMAT_VERSION, **content}, previous=path.with_name(PREVIOUS))
+
+
+def save_atomically(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """torch.save, whole or not at all.
+
+    Args:
+        path: of the file; its folder is made.
+        content: of the file.
+        previous: name under which the file that is there now is kept.
+    Raises:
+        OSError: it could not be written; `path` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format_version": FORMAT_VERSION, **content}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            _keep(path, path.with_name(PREVIOUS))
+        if previous is not None and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer hides what the system said in a RuntimeError
         raise OSError(
-            f"{path} could not be written ({error}); the checkpoint that was there before is untouched. "
-            "Make room, then the same command goes on from it."
+            f"{path} could not be written ({error}); what was there before is untouched. Make room, then run the same "
+            "command again."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command line: `s3d pretrain`, `s3d profile`, `s3d demo`. Options come from the dataclasses of the commands."""
+"""The command line: `s3d pretrain`, `s3d profile`, ... Options come from the dataclasses of the commands."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import tyro
 
 from .data import BadImageError
 from .demo import DemoConfig, demo
-from .pretrain import PretrainResult, pretrain
+from .export_weights import ExportConfig, export
+from .import_weights import ImportConfig, import_weights
+from .pretrain import pretrain
 from .pretrain_config import PretrainConfig, machine_config
 from .profiling import ProfileConfig, profile
 
@@ -21,7 +24,7 @@ FIRST = os.environ.get("RANK", "0") == "0"
 
 
 def _pretrain(config: PretrainConfig) -> None:
-    result: PretrainResult = pretrain(config)
+    result = pretrain(config)
     if result.steps == config.steps and FIRST:
         share = result.final_loss / result.mean_loss
         print(
@@ -30,46 +33,47 @@ def _pretrain(config: PretrainConfig) -> None:
         )
 
 
+# Settings and function of each command.
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "pretrain": (PretrainConfig, _pretrain),
+    "export": (ExportConfig, export),
+    "import": (ImportConfig, import_weights),
+    "profile": (ProfileConfig, profile),
+    "demo": (DemoConfig, demo),
+}
+RESUMABLE = (PretrainConfig, DemoConfig)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. Mistakes of the user end with one line on standard error and exit status 2."""
     logging.basicConfig(level=logging.INFO if FIRST else logging.WARNING, format="%(message)s")
-    commands: dict[str, Callable[..., DemoConfig | PretrainConfig | ProfileConfig]] = {
-        "pretrain": PretrainConfig,
-        "profile": ProfileConfig,
-        "demo": DemoConfig,
-    }
     arguments = sys.argv[1:] if arguments is None else arguments
+    config: Any = None
     try:
         machine = _machine_of(arguments)
-    except ValueError as error:
-        sys.exit(_complain(error))
-    if machine is None:
-        config = tyro.extras.subcommand_cli_from_dict(commands, prog="s3d", args=arguments)
-    else:
-        config = tyro.cli(PretrainConfig, prog="s3d pretrain", args=arguments[1:], default=machine)
-    try:
-        if isinstance(config, DemoConfig):
-            demo(config)
-        elif isinstance(config, ProfileConfig):
-            profile(config)
+        if machine is not None:
+            config = tyro.cli(PretrainConfig, prog="s3d pretrain", args=arguments[1:], default=machine)
         else:
-            _pretrain(config)
+            subcommands = {name: settings for name, (settings, _) in COMMANDS.items()}
+            config = tyro.extras.subcommand_cli_from_dict(subcommands, prog="s3d", args=arguments)
+        run = next(function for settings, function in COMMANDS.values() if settings is type(config))
+        run(config)
     except KeyboardInterrupt:
-        saved = "" if isinstance(config, ProfileConfig) else "; the same command goes on from what was saved"
+        saved = "; the same command goes on from what was saved" if isinstance(config, RESUMABLE) else ""
         print(f"s3d: interrupted{saved}", file=sys.stderr)
         sys.exit(130)
     except (BadImageError, ValueError, OSError, FloatingPointError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
-        sys.exit(_complain(error))
-
-
-def _complain(error: Exception) -> int:
-    print(f"s3d: {error}", file=sys.stderr)
-    return 2
+        print(f"s3d: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _machine_of(arguments: list[str]) -> PretrainConfig | None:
-    """The defaults that `s3d pretrain --machine` asks for."""
+    """The defaults that `s3d pretrain --machine` asks for.
+
+    Raises:
+        ValueError: there is no such machine.
+    """
     if arguments[:1] != ["pretrain"]:
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,0 +1,100 @@
+"""s3d export: the weights of a checkpoint as a file that other software loads (docs/checkpoints.md)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+
+from .checkpoint import load_checkpoint, save_atomically
+from .model import build_unet
+from .nnssl_plan import CITATIONS, adaptation_plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the weights of a checkpoint for use elsewhere: plain PyTorch, nnU-Net, fine-tuning of nnssl checkpoints."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint of s3d pretrain."""
+    format: Literal["encoder", "unet", "nnunet", "nnssl"]
+    """encoder, unet: state dict of the plain ResidualEncoderUNet or its encoder. nnunet: for nnUNetv2_train
+    -pretrained_weights. nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained."""
+    output: Path
+    """File to write; there must be none of this name."""
+    weights: Literal["raw", "ema"] = "raw"
+    """raw: the weights as trained; ema: their moving average, if the run kept one."""
+
+
+def export(config: ExportConfig) -> None:
+    """Write the file. It holds CPU tensors and plain types only, so that `torch.load(weights_only=True)` reads it.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: not a checkpoint, it lacks what was asked for, or `output` exists.
+    """
+    if config.output.exists():
+        raise ValueError(f"output {config.output} exists; remove it or give another name")
+    saved = load_checkpoint(config.checkpoint)
+    unet = plain_unet(saved, config.weights)
+    content = FORMATS[config.format](unet, saved["config"])
+    save_atomically(config.output, content)
+    log.info(
+        "%s: %s weights of %s (%s, step %d) in format %s",
+        config.output,
+        config.weights,
+        config.checkpoint,
+        saved["config"]["preset"],
+        saved["step"],
+        config.format,
+    )
+
+
+def plain_unet(saved: dict[str, Any], weights: Literal["raw", "ema"]) -> ResidualEncoderUNet:
+    """The plain U-Net of a checkpoint's content, on the CPU. Its tied modules are tied, so a file stores them once.
+
+    Raises:
+        ValueError: no such weights in the checkpoint.
+    """
+    entry = {"raw": "network", "ema": "ema"}[weights]
+    if entry not in saved:
+        raise ValueError(f"weights {weights}: the checkpoint has none, because its run kept no average; accepted: raw")
+    unet = build_unet(saved["config"]["preset"])
+    unet.load_state_dict(saved[entry])
+    return unet
+
+
+def _encoder(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+    return dict(unet.encoder.state_dict())
+
+
+def _unet(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+    return dict(unet.state_dict())
+
+
+def _nnunet(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+    return {"network_weights": _unet(unet, config)}
+
+
+def _nnssl(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_nnunet(unet, config),
+        "nnssl_adaptation_plan": adaptation_plan(config),
+        "trainer_name": "S3D",
+        "citations": CITATIONS,
+    }
+
+
+FORMATS: dict[str, Callable[[ResidualEncoderUNet, dict[str, Any]], dict[str, Any]]] = {
+    "encoder": _encoder,
+    "unet": _unet,
+    "nnunet": _nnunet,
+    "nnssl": _nnssl,
+}

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         if machine is not None:
             config = tyro.cli(PretrainConfig, prog="s3d pretrain", args=arguments[1:], default=machine)
         else:
-            subcommands = {name: settings for name, (settings, _) in COMMANDS.items()}
+            subcommands: dict[str, Callable[..., Any]] = {name: settings for name, (settings, _) in COMMANDS.items()}
             config = tyro.extras.subcommand_cli_from_dict(subcommands, prog="s3d", args=arguments)
         run = next(function for settings, function in COMMANDS.values() if settings is type(config))
         run(config)

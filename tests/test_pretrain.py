@@ -22,7 +22,7 @@ from small_runs import configure, losses, stopped_at
 import s3d.pretrain as pretrain_module
 import s3d.training_step as training_step_module
 from s3d.checkpoint import load_checkpoint
-from s3d.cli import main
+from s3d.cli import COMMANDS, main
 from s3d.masking import MaskSampler
 from s3d.model import build_unet
 from s3d.pretrain import PretrainResult, load_model, pretrain
@@ -392,7 +392,7 @@ def test_machines_differ_from_the_published_settings_only_where_they_say(machine
 
 def test_the_command_line_takes_a_machine(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[PretrainConfig] = []
-    monkeypatch.setattr("s3d.cli._pretrain", configs.append)
+    monkeypatch.setitem(COMMANDS, "pretrain", (PretrainConfig, configs.append))
     main(["pretrain", "--machine", "laptop", "--images", "x", "--output-dir", str(tmp_path), "--steps", "7"])
     assert (configs[0].preset, configs[0].steps, configs[0].machine) == ("small", 7, "laptop")
     with pytest.raises(SystemExit) as exit_:

@@ -425,8 +425,8 @@ def test_bfloat16_trains(images: Path, tmp_path: Path) -> None:
     [
         {"accumulate": 2},
         {"checkpoint_activations": True},
-        {"compile": True},
         {"workers": 1},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from s3d.cli import main
+from s3d.distributed import Processes
 from s3d.layer_ranges import Layer, layer_ranges
 from s3d.loss import masked_mse
 from s3d.masking import MaskSampler
 from s3d.model import S3D, build_unet
-from s3d.pretrain import PretrainConfig
+from s3d.pretrain_config import PretrainConfig
 from s3d.profiling import TRACE, Profile, ProfileConfig, profile, profile_steps
 from s3d.step_trace import KINDS, StepTrace
 from s3d.training_step import TrainingStep, build_training
@@ -266,18 +267,19 @@ def test_profiled_steps_are_the_trainers(tmp_path: Path) -> None:
     losses: dict[bool, list[float]] = {True: [], False: []}
     states = []
     for watched, mine in losses.items():
-        model, optimizer = build_training(config, torch.device("cpu"))
-        train = TrainingStep(config, model, optimizer, torch.device("cpu"), *([record_function] if watched else []))
+        alone = Processes(0, 1, torch.device("cpu"))
+        training = build_training(config, alone.device)
+        train = TrainingStep(config, training, alone, **({"phase": record_function} if watched else {}))
 
         def step(train: TrainingStep = train, mine: list[float] = mine) -> None:
-            mine.append(train(x, len(mine))[0].item())
+            mine.append(train([{"image": x}], len(mine)).loss.item())
 
         if watched:
-            profile_steps(step, tmp_path / "profile", model, warmup=1, steps=2)
+            profile_steps(step, tmp_path / "profile", training.model, warmup=1, steps=2)
         else:
             for _ in range(4):
                 step()
-        states.append(model.state_dict())
+        states.append(training.model.state_dict())
     assert losses[True] == losses[False]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -22,6 +22,7 @@ from s3d_kernels import use_backend
 
 from .checkpoint import NEWEST, find_checkpoint, load_checkpoint, save_checkpoint, write_text
 from .distributed import Processes, processes
+from .memory_model import fewest_parts, free_memory, step_memory
 from .model import S3D, build_unet
 from .pretrain_config import PretrainConfig
 from .progress import Progress
@@ -80,13 +81,33 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         OSError: a checkpoint could not be written; the one before is untouched.
     """
     with processes(config.device) as group:
-        parts = config.accumulate or 1
-        if config.batch_size % (group.world * parts):
+        if config.batch_size % (group.world * (config.accumulate or 1)):
             raise ValueError(
-                f"batch_size must be a multiple of processes ({group.world}) times accumulate ({parts}), "
-                f"got {config.batch_size}"
+                f"batch_size must be a multiple of processes ({group.world}) times accumulate "
+                f"({config.accumulate or 1}), got {config.batch_size}"
             )
-        return _run(config, group, parts)
+        return _run(config, group, _parts(config, group))
+
+
+def _parts(config: PretrainConfig, group: Processes) -> int:
+    """Into how many parts each process cuts its patches of a step; says how much memory that is expected to take."""
+    memory, free = step_memory(config, group.device), free_memory(group.device)
+    patches = config.batch_size // group.world
+    free = min(group.gather(free))  # all must do the same
+    parts = config.accumulate or fewest_parts(memory, patches, free)
+    expected = memory.total(patches // parts)
+    if group.first:
+        log.log(
+            logging.WARNING if expected > free else logging.INFO,
+            "expected memory: %.1f GiB for weights, gradients and optimiser, %.1f GiB for %d patches at once "
+            "(accumulate %d); %.1f GiB are there",
+            memory.weights / 2**30,
+            memory.patch * (patches // parts) / 2**30,
+            patches // parts,
+            parts,
+            free / 2**30,
+        )
+    return parts
 
 
 def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult:

@@ -1,0 +1,77 @@
+"""How much memory a training step needs, before it is tried."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from s3d_kernels import computes_natively, use_backend
+
+from .model import PRESETS, S3D, build_unet
+from .pretrain_config import PretrainConfig
+
+# Values that a step holds at its peak for each feature of the network, a feature being one channel of one voxel of one
+# stage: in the dense part (decoder, densification and their gradients) by our kernels and by others, and, where a voxel
+# is visible, in the encoder. Fitted to measured steps (docs/performance.md, "Memory of a step").
+DENSE_NATIVE, DENSE, VISIBLE = 5.7, 8.5, 3.7
+# What a step may take of the memory that is free.
+SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step.
+
+    Attributes:
+        weights: parameters, gradients, state of the optimiser, moving average.
+        patch: what each patch adds that is computed at the same time.
+    """
+
+    weights: int
+    patch: int
+
+    def total(self, patches: int) -> int:
+        """Of a step that computes so many patches at once."""
+        return self.weights + patches * self.patch
+
+
+def step_memory(config: PretrainConfig, device: torch.device) -> StepMemory:
+    """Expected memory of the steps of a run; measured on CPUs in float32, elsewhere an extrapolation."""
+    with torch.device("meta"):
+        model = S3D(
+            build_unet(config.preset), sparse=config.sparse, mask_tokens=config.mask_tokens, densify=config.densify
+        )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    copies = 2 + (2 if config.optimizer == "adamw" else 1) + (1 if config.ema_decay else 0)
+    features, scale = 0.0, 1.0
+    for channels, stride in zip(PRESETS[config.preset].features, PRESETS[config.preset].strides, strict=True):
+        scale *= stride**3
+        features += channels / scale
+    low = config.mask_ratio[0] if isinstance(config.mask_ratio, tuple) else config.mask_ratio
+    visible = 1 - low if config.sparse else 1.0
+    with use_backend(config.backend):
+        native = device.type == "cpu" and computes_natively(torch.empty(0, 1))
+    values = features * ((DENSE_NATIVE if native else DENSE) + VISIBLE * visible)
+    voxels = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    size = 4 if config.precision == "float32" else 2
+    return StepMemory(weights=4 * copies * parameters, patch=int(voxels * values * size))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; on a CPU the process's share of the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def fewest_parts(memory: StepMemory, patches: int, free: int) -> int:
+    """Into how many equal parts to cut the patches of a process, so that a part fits; one patch each if none does."""
+    fitting = [
+        parts
+        for parts in range(1, patches + 1)
+        if patches % parts == 0 and memory.total(patches // parts) <= SHARE * free
+    ]
+    return fitting[0] if fitting else patches

@@ -80,9 +80,9 @@ def curves_figure(rows: list[dict[str, float]]) -> Figure:
         points = [(row["step"], row[column]) for row in rows if column in row]
         if points:
             axis.plot(*zip(*points, strict=True), linewidth=0.8)
+            axis.set_ylim(0, 1.05 * max(value for _, value in points) or 1)
         axis.set_title(label)
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
     axes.flat[-1].axis("off")
     return figure
 

@@ -1,4 +1,4 @@
-"""The command line: `s3d pretrain`, `s3d profile`, `s3d demo`. Options come from the dataclasses of the commands."""
+"""The command line: `s3d preprocess`, `s3d pretrain`, ... Options come from the dataclasses of the commands."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import tyro
 
-from .data import BadImageError
+from .data import BadImageError, WorkerDiedError
 from .demo import DemoConfig, demo
+from .preprocessing import PreprocessConfig, preprocess_images
 from .pretrain import PretrainConfig, PretrainResult, pretrain
 from .profiling import ProfileConfig, profile
 
@@ -27,7 +28,8 @@ def _pretrain(config: PretrainConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. Mistakes of the user end with one line on standard error and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands: dict[str, Callable[..., DemoConfig | PretrainConfig | ProfileConfig]] = {
+    commands: dict[str, Callable[..., DemoConfig | PreprocessConfig | PretrainConfig | ProfileConfig]] = {
+        "preprocess": PreprocessConfig,
         "pretrain": PretrainConfig,
         "profile": ProfileConfig,
         "demo": DemoConfig,
@@ -36,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if isinstance(config, DemoConfig):
             demo(config)
+        elif isinstance(config, PreprocessConfig):
+            print(preprocess_images(config))
         elif isinstance(config, ProfileConfig):
             profile(config)
         else:
@@ -44,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         saved = "" if isinstance(config, ProfileConfig) else "; the same command goes on from what was saved"
         print(f"s3d: interrupted{saved}", file=sys.stderr)
         sys.exit(130)
-    except (BadImageError, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (BadImageError, ValueError, OSError, FloatingPointError, WorkerDiedError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         print(f"s3d: {error}", file=sys.stderr)
         sys.exit(2)

@@ -53,7 +53,7 @@ def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
     Raises: as `s3d.data.find_images` and `s3d.data.preprocess` do.
     """
     images = find_images(config.images)
-    workers = len(os.sched_getaffinity(0)) if config.workers is None else config.workers
+    workers = _cores() if config.workers is None else config.workers
     log.info("%d images, %d workers", len(images), workers)
     begin = time.perf_counter()
     summary = preprocess(
@@ -70,3 +70,8 @@ def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
     report.write_text(store_report(VolumeStore(config.output_dir), summary, config.spacing, workers, seconds, speeds))
     log.info("report: %s", report)
     return summary
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

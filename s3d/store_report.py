@@ -46,9 +46,7 @@ def store_report(
         html_heading("Left out"),
         *_left_out(store),
         html_heading("Pictures"),
-        html_figure(
-            slices_figure(store), "Slices through the middle of some volumes, black to white from 0.5 to 99.5 %"
-        ),
+        html_figure(slices_figure(store), "Slices through the middle; grey values from 0.5 to 99.5 %, anonymised red"),
         html_heading("Distributions"),
         html_figure(distributions_figure(store), "Whole volumes; intensities of up to 50 of them, each a grey line"),
         html_heading("Reading patches"),
@@ -147,7 +145,7 @@ def slices_figure(store: VolumeStore) -> Figure:
             axis.imshow(_middle(voxels, row), cmap="gray", vmin=low, vmax=high, **show)
             if anonymised is not None:
                 hidden = _middle(anonymised, row)
-                axis.imshow(np.ma.masked_where(~hidden, hidden), cmap="autumn", alpha=0.6, **show)
+                axis.imshow(np.ma.masked_equal(hidden, False), cmap="autumn", alpha=0.6, **show)
             axis.set_xticks([])
             axis.set_yticks([])
             if column == 0:

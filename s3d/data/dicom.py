@@ -122,12 +122,13 @@ def _uneven(reader: Any, slices: int) -> str | None:
         normals.append(np.cross(orientation[:3], orientation[3:]))
     if np.abs(np.array(normals) - normals[0]).max() > 1e-3:
         return "has slices in different directions (a localizer?)"
-    steps = np.diff([float(place @ normals[0]) for place in places])
-    usual = float(np.median(np.abs(steps)))
-    if usual == 0 or np.abs(steps).min() < UNEVEN * usual:
+    # Sorted here as well: SimpleITK takes another order where the places leave it no choice.
+    steps = np.diff(np.sort([float(place @ normals[0]) for place in places]))
+    usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0
+    if steps.min() <= UNEVEN * usual:
         return "has several slices at one place (several volumes in one series?)"
-    if np.abs(np.abs(steps) - usual).max() > UNEVEN * usual:
-        return f"has slices {np.abs(steps).min():.3g} to {np.abs(steps).max():.3g} mm apart (some are missing?)"
+    if np.abs(steps - usual).max() > UNEVEN * usual:
+        return f"has slices {steps.min():.3g} to {steps.max():.3g} mm apart (some are missing?)"
     return None
 
 

@@ -217,7 +217,7 @@ def _sample(
         if anonymised is None or not anonymised.any():
             sample["valid"] = torch.ones(1, *patch_size, dtype=torch.bool)
         else:
-            # Interpolated like the image: a voxel is valid if none that it is made from is anonymised (but for rounding).
+            # Interpolated like the image: a voxel is valid if none that it is made from is anonymised.
             sample["valid"] = show(torch.from_numpy(anonymised).float(), 0.0) < 1e-4
     return sample
 

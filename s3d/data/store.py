@@ -201,7 +201,7 @@ def write_case(
     array.schunk.vlmeta[FOREGROUND] = foreground.astype("<u2").tobytes()
     # The index speaks of files that are about to change.
     (folder / INDEX).unlink(missing_ok=True)
-    if case.anonymised_file is not None:
+    if case.anonymised_file is not None and anonymised is not None:
         write_atomically(folder / case.anonymised_file, _array(anonymised).to_cframe())
     write_atomically(folder / case.file, array.to_cframe())
 

@@ -59,7 +59,8 @@ def loader_speed(
     try:
         dataset[0]  # what is made on first use is not measured
         store.decompressed = 0
-        cases, begin = [], time.perf_counter()
+        cases: list[str] = []
+        begin = time.perf_counter()
         while len(cases) < 3 or time.perf_counter() - begin < seconds:
             cases.append(dataset[1 + len(cases)]["case"])
         elapsed = time.perf_counter() - begin

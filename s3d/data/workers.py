@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -37,7 +37,7 @@ class _Worker(Generic[Task]):
 
 def run_in_processes(
     work: Callable[[Task], Outcome], tasks: Sequence[Task], workers: int
-) -> Iterator[tuple[Task, Outcome]]:
+) -> Generator[tuple[Task, Outcome], None, None]:
     """Calls `work` on every task in other processes and yields task and outcome as they are done, in any order.
 
     Processes are started without a fork of this one (its threads and open files stay its own), so a script that calls
@@ -93,8 +93,8 @@ def _receive(worker: _Worker[Any]) -> Any:
         how = f"by signal {-code} ({signal.strsignal(-code)})" if code is not None and code < 0 else f"with code {code}"
         hint = "; out of memory? try fewer workers" if code == -9 else ""
         raise WorkerDiedError(
-            f"a worker process was ended {how} while it worked on {worker.task}{hint}; run the same command again: what "
-            "is done is kept"
+            f"a worker process was ended {how} while it worked on {worker.task}{hint}; run the same command again: "
+            "what is done is kept"
         ) from None
     if not succeeded:
         error, text = value

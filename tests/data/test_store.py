@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from s3d.data import BadImageError, VolumeStore, load_volume, preprocess
-from s3d.data.store import case_names
+from s3d.data import BadImageError, ImageSource, VolumeStore, load_volume, preprocess
+from s3d.data.preparing import case_names
 
 WriteNifti = Callable[..., Path]
 MakeHead = Callable[..., NDArray[np.float32]]
@@ -86,7 +86,7 @@ def test_store_can_be_pickled(store: VolumeStore) -> None:
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read(3), store.read(3))
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_second_run_reuses_everything(images: list[Path], tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "store"
     assert bring_in(images, folder, workers=workers) == (3, 0, 0)
@@ -213,6 +213,8 @@ def test_runs_that_share_a_folder_do_not_see_each_others_voxels(images: list[Pat
 def test_bad_image_stops_or_is_skipped(images: list[Path], bad_image: Path, tmp_path: Path, workers: int) -> None:
     given = [images[0], bad_image, *images[1:], tmp_path / "in" / "gone.nii"]
     with pytest.raises(BadImageError, match=r"bad\.nii\.gz: cannot be read as NIfTI"):
+        preprocess(given[:-1], tmp_path / "store", progress=False, workers=workers)
+    with pytest.raises(BadImageError, match=r"gone\.nii: no such file"):  # known before anything is read
         preprocess(given, tmp_path / "store", progress=False, workers=workers)
 
     summary = preprocess(given, tmp_path / "store", skip_bad=True, progress=False, workers=workers)
@@ -257,7 +259,7 @@ def test_store_of_another_version_is_refused(images: list[Path], tmp_path: Path)
     bring_in(images, folder)
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "format": 0}))
-    with pytest.raises(ValueError, match="store format 0, this version reads 1"):
+    with pytest.raises(ValueError, match="store format 0, this version reads 2"):
         VolumeStore(folder)
 
 
@@ -272,9 +274,9 @@ def test_store_of_another_version_is_refused(images: list[Path], tmp_path: Path)
     ],
 )
 def test_case_names_are_short_and_unique(sources: list[str], expected: list[str]) -> None:
-    assert case_names([Path(source) for source in sources]) == expected
+    assert case_names([ImageSource(Path(source)) for source in sources]) == expected
 
 
 def test_case_names_of_files_that_only_differ_in_suffix_or_case() -> None:
-    names = case_names([Path("/d/t1.nii"), Path("/d/t1.nii.gz"), Path("/d/T1.nii")])
+    names = case_names([ImageSource(Path(f"/d/{name}")) for name in ("t1.nii", "t1.nii.gz", "T1.nii")])
     assert len({name.lower() for name in names}) == 3

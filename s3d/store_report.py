@@ -67,7 +67,7 @@ def _overview(
     return [
         ("volumes", len(store)),
         ("written / kept from before / left out", f"{summary.written} / {summary.reused} / {summary.skipped}"),
-        ("subjects", f"{len({case.subject for case in known})}, of {len(known)} volumes; others are not known"),
+        ("subjects", f"{len({case.subject for case in known})}, of {len(known)} volumes" if known else "not known"),
         ("sessions", len({(case.subject, case.session) for case in known if case.session is not None})),
         ("DICOM series", sum(case.series is not None for case in store.cases)),
         ("volumes with anonymised regions", sum(case.anonymised_file is not None for case in store.cases)),
@@ -174,8 +174,8 @@ def distributions_figure(store: VolumeStore) -> Figure:
     for case in _evenly(len(store), HISTOGRAM_CASES):
         some = store.read(case)[::2, ::2, ::2]
         shares.append(np.histogram(some, edges)[0] / some.size)
-        intensity.plot(edges[:-1], shares[-1], color="0.8", linewidth=0.6)
-    intensity.plot(edges[:-1], np.mean(shares, axis=0), color="tab:blue", label="mean")
+        intensity.stairs(shares[-1], edges, color="0.8", linewidth=0.6)
+    intensity.stairs(np.mean(shares, axis=0), edges, color="tab:blue", label="mean")
     intensity.set_yscale("log")
     intensity.set_xlabel("intensity after z-scoring")
     intensity.set_ylabel("share of the voxels")

@@ -23,6 +23,7 @@ READ_ERRORS = (
     EOFError,
     zlib.error,
     ValueError,
+    KeyError,  # an MGH voxel type that there is not
     OverflowError,
     MemoryError,
     nib.filebasedimages.ImageFileError,

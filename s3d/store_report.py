@@ -160,11 +160,12 @@ def distributions_figure(store: VolumeStore) -> Figure:
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     spacing, shape, intensity = figure.subplots(1, 3)
-    for axes, label, values in (
-        (spacing, "mm, voxel size of the images", np.array([case.source_spacing_mm for case in store.cases])),
-        (shape, "voxels, side of the stored volumes", np.array([case.shape for case in store.cases])),
+    for axes, label, margin, values in (
+        (spacing, "mm, voxel size of the images", 0.1, [case.source_spacing_mm for case in store.cases]),
+        (shape, "voxels, side of the stored volumes", 8, [case.shape for case in store.cases]),
     ):
-        axes.hist(values, bins=20, label=AXES)
+        # A margin, so that rounding does not fill the axis where all are alike.
+        axes.hist(np.array(values), bins=20, range=(np.min(values) - margin, np.max(values) + margin), label=AXES)
         axes.set_xlabel(label)
         axes.set_ylabel("volumes")
     spacing.legend()

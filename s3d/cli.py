@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import tyro
 
-from .data import BadImageError, WorkerDiedError
+from .data import BadImageError
 from .demo import DemoConfig, demo
 from .preprocessing import PreprocessConfig, preprocess_images
 from .pretrain import PretrainConfig, PretrainResult, pretrain
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         saved = "" if isinstance(config, ProfileConfig) else "; the same command goes on from what was saved"
         print(f"s3d: interrupted{saved}", file=sys.stderr)
         sys.exit(130)
-    except (BadImageError, ValueError, OSError, FloatingPointError, WorkerDiedError) as error:
+    except (BadImageError, ValueError, OSError, FloatingPointError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         print(f"s3d: {error}", file=sys.stderr)
         sys.exit(2)

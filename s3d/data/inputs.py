@@ -34,7 +34,8 @@ def find_images(inputs: Sequence[str | Path]) -> list[ImageSource]:
     - Lists give what they say, whether it exists or not (`preprocess` reports a missing file like any other bad one);
       relative paths in a list are relative to the list. Columns, or keys of objects, are `image` (or `path`) and, if
       known, `subject`, `session`, `anatomy_mask`, `anonymisation_mask`.
-    - Of an image that several inputs name is known what any of them says; the last one counts where they differ.
+    - Of an image that several inputs name is known what any of them says; the last one counts where they differ. What
+      is the mask of an image is no image itself.
 
     Symbolic links are not resolved, so that the names a user knows are kept, and links to folders are not entered.
 
@@ -58,7 +59,8 @@ def find_images(inputs: Sequence[str | Path]) -> list[ImageSource]:
         for image in images:
             key = (str(image.path), image.series or "")
             found[key] = _joined(found[key], image) if key in found else image
-    return [found[key] for key in sorted(found)]
+    masks = {mask for image in found.values() for mask in image.files[1:]}
+    return [found[key] for key in sorted(found) if found[key].path not in masks]
 
 
 def _expand(given: str | Path) -> Iterable[ImageSource]:

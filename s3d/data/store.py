@@ -19,7 +19,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,11 @@ class VolumeStore:
         Raises:
             IndexError: there is no such case.
             ValueError: the region does not lie within the volume.
+            OSError: the file is gone or damaged.
         """
         record, region = self._region(case, start, shape)
-        return np.asarray(_open_array(self.folder / record.file)[region], dtype=np.float32)
+        with _damage_named(self.folder / record.file) as array:
+            return np.asarray(array[region], dtype=np.float32)
 
     def read_anonymised(
         self, case: int, start: Sequence[int] | None = None, shape: Sequence[int] | None = None
@@ -143,7 +145,8 @@ class VolumeStore:
         record, region = self._region(case, start, shape)
         if record.anonymised_file is None:
             return None
-        return np.asarray(_open_array(self.folder / record.anonymised_file)[region], dtype=bool)
+        with _damage_named(self.folder / record.anonymised_file) as array:
+            return np.asarray(array[region], dtype=bool)
 
     def foreground(self, case: int) -> NDArray[np.uint16]:
         """Some voxels of the foreground, drawn uniformly: [n, 3], n may be 0, (depth, height, width) each.
@@ -151,8 +154,8 @@ class VolumeStore:
         Foreground is the anatomy mask or, where the image came without, what is brighter than the volume's mean.
         """
         record, _ = self._region(case, None, None)
-        array = _open_array(self.folder / record.file)  # by a name: the records die with it
-        return np.frombuffer(array.schunk.vlmeta[FOREGROUND], dtype="<u2").reshape(-1, 3)
+        with _damage_named(self.folder / record.file) as array:
+            return np.frombuffer(array.schunk.vlmeta[FOREGROUND], dtype="<u2").reshape(-1, 3)
 
     def _region(
         self, case: int, start: Sequence[int] | None, shape: Sequence[int] | None
@@ -242,6 +245,18 @@ def _read_record(file: Path) -> dict[str, Any] | None:
     except (RuntimeError, ValueError, KeyError):  # a damaged or foreign file is written anew
         return None
     return record
+
+
+@contextlib.contextmanager
+def _damage_named(file: Path) -> Iterator[blosc2.NDArray]:
+    """The open array; what blosc2 says of a damaged file becomes an OSError that names it."""
+    try:
+        yield _open_array(file)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise OSError(
+            f"{file} is damaged or gone; preprocess the same images into this folder again, which makes only this one "
+            "anew"
+        ) from error
 
 
 def _open_array(file: Path) -> blosc2.NDArray:

@@ -15,7 +15,7 @@ Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
 
-class WorkerDiedError(RuntimeError):
+class WorkerDiedError(ChildProcessError):
     """A worker process ended before it was done; the message names what it was working on."""
 
 

@@ -176,6 +176,9 @@ def test_lists_may_say_subject_session_and_masks(images: Path) -> None:
     assert find_images([images / "sub" / "l.csv"]) == [ImageSource(images / "a.nii.gz"), expected]
     # A folder that holds them as well adds nothing, and takes nothing away.
     assert expected in find_images([images / "sub" / "l.csv", images])
+    touch(images, "sub/m/anat.nii")  # a mask is no image
+    assert "sub/m/anat.nii" in names(find_images([images]), images)
+    assert "sub/m/anat.nii" not in names(find_images([images, images / "sub" / "l.csv"]), images)
     assert expected in find_images([images, images / "sub" / "l.csv"])
 
 

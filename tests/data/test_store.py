@@ -199,7 +199,12 @@ def test_damaged_case_file_is_redone(images: list[Path], tmp_path: Path) -> None
     first, second = (folder / case.file for case in VolumeStore(folder).cases[:2])
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:500])
+    store = VolumeStore(folder)
+    for case in (0, 1):
+        with pytest.raises(OSError, match=rf"/store/{store.cases[case].file} is damaged or gone; preprocess the same"):
+            store.read(case)
     assert bring_in(images, folder) == (2, 1, 0)
+    store.read(0)
 
 
 def test_runs_that_share_a_folder_do_not_see_each_others_voxels(images: list[Path], tmp_path: Path) -> None:

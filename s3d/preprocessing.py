@@ -20,16 +20,14 @@ MEASURED_PATCH_SIDES = (96, 160)
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """Settings of `s3d preprocess`."""
+    """Bring images into a store of volumes that `s3d pretrain` reads patches from, and report on it."""
 
     images: tuple[str, ...]
-    """Folders (BIDS data sets and folders of DICOM series too), NIfTI or MGH files, glob patterns, .csv or .json lists,
-    or a pretrain_data.json of nnssl."""
+    """Folders (BIDS and DICOM too), NIfTI or MGH files, glob patterns, .csv or .json lists."""
     output_dir: Path
     """Folder of the store. What is there already is not done again."""
     spacing: Literal["1mm", "native"] | float | tuple[float, float, float] = "1mm"
-    """Voxel size that images are resampled to: 1mm, native (each image keeps its own), or mm as one number or as three:
-    superior-inferior, anterior-posterior, left-right."""
+    """Voxel size: 1mm, native (each image's own), mm, or mm along the superior, the anterior and the right axis."""
     skip_bad: bool = False
     """Record and skip images that cannot be used, instead of stopping at the first."""
     workers: int | None = None

@@ -120,7 +120,7 @@ def preprocess(
 
     with contextlib.ExitStack() as stack:
         outcomes: Iterable[tuple[_Task, StoredCase | BadImageError]] = ((task, _store(task)) for task in todo)
-        if workers and todo:
+        if workers and len(todo) > 1:  # for a single one it is not worth the start
             outcomes = stack.enter_context(contextlib.closing(run_in_processes(_store_on_one_thread, todo, workers)))
         bar = stack.enter_context(
             tqdm(total=len(sources), initial=reused + len(bad), desc="preprocess", unit="image", disable=not progress)

@@ -93,3 +93,11 @@ def test_mistakes_end_with_one_line(images: Path, tmp_path: Path, capsys: pytest
     assert "workers must be at least 0, got -1" in complaint("--images", str(images), "--workers", "-1")
     (tmp_path / "s").touch()
     assert re.search(r"s3d: .*exists.*'.*/s'", complaint("--images", str(images)))
+
+
+def test_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Scripts name them; a new one joins the list, none leaves it."""
+    with pytest.raises(SystemExit):
+        main(["preprocess", "--help"])
+    options = set(re.findall(r"--([a-z][a-z-]+)", capsys.readouterr().out))
+    assert options == {"help", "images", "output-dir", "skip-bad", "no-skip-bad", "spacing", "workers"}

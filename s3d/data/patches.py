@@ -208,7 +208,8 @@ def _sample(
             patch = transform.resample(region, region_start, centre, patch_size, outside)
         else:
             patch = _padded(region, [low - first for low, first in zip(region_start, start)], patch_size, outside)
-        return patch.flip([axis for axis, mirror in enumerate(transform.mirror) if mirror])[None]
+        mirrored = [axis for axis, mirror in enumerate(transform.mirror) if mirror]
+        return (patch.flip(mirrored) if mirrored else patch)[None]  # flip copies, along no axis too
 
     region = torch.from_numpy(store.read(case, region_start, region_shape))
     sample: Sample = {"image": show(region, record.background), "case": record.name}

@@ -7,14 +7,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
 from s3d.data.augment import SpatialAugmentation
 from s3d.data.patches import PatchDataset
 from s3d.data.store import VolumeStore, decompressed_voxels
+
+PREFETCHED = 2
+"""Patches that a worker has ready before the first is asked for."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class LoaderSpeed:
 def loader_speed(
     folder: str | Path, patch_size: Sequence[int], *, augmented: bool, seconds: float = 2.0, seed: int = 0
 ) -> LoaderSpeed:
-    """Draws random patches for some time in this process, on one thread, as a worker of a data loader does.
+    """Lets one worker process of a `DataLoader` draw random patches for some time.
 
     Files that were just written or read come from memory; a first pass over data that lies on a disk is slower.
 
@@ -45,31 +49,40 @@ def loader_speed(
         augmented: with the default `SpatialAugmentation`.
         seconds: how long to measure; at least 3 patches are drawn.
     """
-    store = _CountingStore(folder)
-    dataset = PatchDataset(
-        store,
-        None,
-        patch_size,
-        seed=seed,
-        augmentation=SpatialAugmentation() if augmented else None,
-        length=1_000_000,
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        dataset[0]  # what is made on first use is not measured
-        store.decompressed = 0
-        cases: list[str] = []
-        begin = time.perf_counter()
-        while len(cases) < 3 or time.perf_counter() - begin < seconds:
-            cases.append(dataset[1 + len(cases)]["case"])
-        elapsed = time.perf_counter() - begin
-    finally:
-        torch.set_num_threads(threads)
-    shapes = {case.name: case.shape for case in store.cases}
-    size = dataset.patch_size
-    shown = sum(math.prod(map(min, size, shapes[case])) for case in cases)
-    return LoaderSpeed(size, augmented, len(cases), len(cases) / elapsed, store.decompressed / shown)
+    dataset = _CountedPatches(folder, patch_size, augmented, seed)
+    batches = iter(DataLoader(dataset, batch_size=1, num_workers=1, prefetch_factor=PREFETCHED))
+    for _ in range(PREFETCHED + 1):  # from here on a patch can be had when the worker is done with one
+        next(batches)
+    drawn: list[dict[str, Any]] = []
+    begin = time.perf_counter()
+    while len(drawn) < 3 or time.perf_counter() - begin < seconds:
+        batch = next(batches)
+        drawn.append({"case": batch["case"][0], "decompressed": int(batch["decompressed"])})
+    elapsed = time.perf_counter() - begin
+
+    size = dataset.patches.patch_size
+    shapes = {case.name: case.shape for case in dataset.store.cases}
+    shown = sum(math.prod(map(min, size, shapes[sample["case"]])) for sample in drawn)
+    decompressed = sum(sample["decompressed"] for sample in drawn)
+    return LoaderSpeed(size, augmented, len(drawn), len(drawn) / elapsed, decompressed / shown)
+
+
+class _CountedPatches(Dataset[dict[str, Any]]):
+    """Samples that say how many voxels were decompressed for them."""
+
+    def __init__(self, folder: str | Path, patch_size: Sequence[int], augmented: bool, seed: int) -> None:
+        self.store = _CountingStore(folder)
+        augmentation = SpatialAugmentation() if augmented else None
+        self.patches = PatchDataset(
+            self.store, None, patch_size, seed=seed, augmentation=augmentation, length=1_000_000
+        )
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        self.store.decompressed = 0
+        return {**self.patches[i], "decompressed": self.store.decompressed}
 
 
 class _CountingStore(VolumeStore):

@@ -34,7 +34,9 @@ from s3d.data.volume import check_spacing, load_volume
 from s3d.data.workers import run_in_processes
 
 FOREGROUND_PLACES = 4096
-"""Voxels of the foreground that are remembered of a volume (24 KB, 1 % of a head)."""
+"""Most voxels of the foreground that are remembered of a volume (24 KB, 1 % of a head), ..."""
+VOXELS_A_PLACE = 256
+"""... and not more than one for so many voxels, as small volumes are stored in little more."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,7 @@ def _store_on_one_thread(task: _Task) -> StoredCase | BadImageError:
 def _places(mask: NDArray[np.bool_], seed: int) -> NDArray[np.uint16]:
     """Random voxels of a mask, [n, 3]; all of them if they are few."""
     inside = np.flatnonzero(mask)
-    if len(inside) > FOREGROUND_PLACES:
-        inside = np.random.default_rng(seed).choice(inside, FOREGROUND_PLACES, replace=False, shuffle=False)
+    most = min(FOREGROUND_PLACES, -(-mask.size // VOXELS_A_PLACE))
+    if len(inside) > most:
+        inside = np.random.default_rng(seed).choice(inside, most, replace=False, shuffle=False)
     return np.stack(np.unravel_index(inside, mask.shape), axis=-1).astype(np.uint16)

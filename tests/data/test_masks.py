@@ -126,10 +126,10 @@ def test_store_keeps_subject_mask_and_foreground(store: VolumeStore, masked: Ima
     assert (store.folder / (first.anonymised_file or "")).stat().st_size < 1500
     places = store.foreground(1)
     inside = load_volume(second.source, None).foreground
-    assert len(places) == 4096
-    assert len(np.unique(places, axis=0)) == 4096
+    assert len(places) == 24**3 / 256
+    assert len(np.unique(places, axis=0)) == len(places)
     assert inside[tuple(places.T)].all()
-    np.testing.assert_allclose(places.mean(0), np.argwhere(inside).mean(0), atol=0.3)
+    np.testing.assert_allclose(places.mean(0), np.argwhere(inside).mean(0), atol=3)
 
 
 def test_changed_or_lost_mask_is_redone(store: VolumeStore, masked: ImageSource, tmp_path: Path) -> None:

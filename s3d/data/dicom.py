@@ -6,6 +6,7 @@ warns of (missing slices) or does not notice (a localizer, several volumes in on
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from s3d.data.reading import BadImageError, is_image, one_line
+from s3d.data.reading import BadImageError, one_line
 from s3d.data.source import ImageSource
 
 MAGIC = b"DICM"  # at byte 128 of a DICOM file
-NO_DICOM = (".bval", ".bvec", ".csv", ".json", ".tsv", ".txt")  # not opened: what lies beside 100,000 images
+# Other files are not opened: there may be 100,000 images beside. A suffix of digits is the end of a UID.
+NAME = re.compile(r"[^.]+|.*\.(dcm|dicom|ima|[\d_-]+)", re.IGNORECASE)
 PATIENT_ID = "0010|0020"
 STUDY_UID = "0020|000d"
 POSITION = "0020|0032"  # of a slice's first voxel, mm
@@ -26,7 +28,7 @@ UNEVEN = 0.1  # of the usual step: what two steps between slices may differ by
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file is a DICOM file: names tell nothing, many have no suffix."""
+    """Whether the content is DICOM: many files have no suffix."""
     try:
         with path.open("rb") as stream:
             stream.seek(128)
@@ -44,8 +46,7 @@ def series_of(folder: Path) -> list[ImageSource]:
     Raises:
         ValueError: SimpleITK is not installed; says how to get it.
     """
-    candidates = (path for path in folder.iterdir() if not is_image(path) and path.suffix.lower() not in NO_DICOM)
-    if not any(is_dicom(path) for path in candidates if path.is_file()):
+    if not any(is_dicom(path) for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_file()):
         return []
     sitk = _simpleitk(folder)
     found = []

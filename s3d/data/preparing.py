@@ -226,9 +226,11 @@ def _size_and_time(source: ImageSource) -> tuple[int, int]:
     """Bytes of all files of an image and the time in ns of the last change to any."""
     sizes, times = [], []
     for given in source.files:
-        if not given.exists() or (source.series is None and not given.is_file()):
+        in_folder = source.series is not None and given == source.path and given.is_dir()
+        files = [file for file in (given.iterdir() if in_folder else [given]) if file.is_file()]
+        if not files:
             raise BadImageError(given, "no such file")
-        for file in given.iterdir() if given.is_dir() else [given]:
+        for file in files:
             stat = file.stat()
             sizes.append(stat.st_size)
             times.append(stat.st_mtime_ns)

@@ -91,7 +91,7 @@ def _receive(worker: _Worker[Any]) -> Any:
         worker.process.join()
         code = worker.process.exitcode
         how = f"by signal {-code} ({signal.strsignal(-code)})" if code is not None and code < 0 else f"with code {code}"
-        hint = "; out of memory? try fewer workers" if code == -9 else ""
+        hint = "; out of memory? try fewer workers" if code == -9 else "; what it wrote before says why"
         raise WorkerDiedError(
             f"a worker process was ended {how} while it worked on {worker.task}{hint}; run the same command again: "
             "what is done is kept"

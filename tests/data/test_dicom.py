@@ -67,6 +67,10 @@ def test_series_are_found_by_uid_with_subject_and_session(tmp_path: Path, voxels
         ImageSource(tmp_path / "p/scans", "1.2.4", "P7", "9.8.7"),
     ]
     assert find_images([f"{tmp_path}/*/scans"]) == found[1:]
+    (tmp_path / "p/scans/notes.txt").unlink()
+    for file in list((tmp_path / "p/other").iterdir()):
+        file.rename(file.with_name(f"MR.{file.name.replace('_', '.')}"))  # as archives name files: by UIDs
+    assert find_images([tmp_path]) == found
     (tmp_path / "l.csv").write_text("image,subject\np/other,somebody\n")
     assert [image.subject for image in find_images([tmp_path / "l.csv"])] == ["somebody"]
 
@@ -127,6 +131,8 @@ def test_truncated_slice_is_named(tmp_path: Path, voxels: NDArray[np.int16]) -> 
         file.unlink()
     with pytest.raises(BadImageError, match=r"DICOM series 1\.2\.3 is not there"):
         load_volume(source)
+    with pytest.raises(BadImageError, match="no such file"):
+        preprocess([source], tmp_path / "store", progress=False)
 
 
 def test_without_simpleitk_the_error_says_what_to_install(

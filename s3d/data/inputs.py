@@ -34,8 +34,8 @@ def find_images(inputs: Sequence[str | Path]) -> list[ImageSource]:
     - Lists give what they say, whether it exists or not (`preprocess` reports a missing file like any other bad one);
       relative paths in a list are relative to the list. Columns, or keys of objects, are `image` (or `path`) and, if
       known, `subject`, `session`, `anatomy_mask`, `anonymisation_mask`.
-    - Of an image that several inputs name is known what any of them says; the last one counts where they differ. What
-      is the mask of an image is no image itself.
+    - Of an image that several inputs name is known what any of them says. Where they differ, lists count before names of
+      folders, and the last list. What is the mask of an image is no image itself.
 
     Symbolic links are not resolved, so that the names a user knows are kept, and links to folders are not entered.
 
@@ -52,7 +52,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[ImageSource]:
     if not inputs:
         raise ValueError(f"inputs is empty; each input is {ACCEPTED}")
     found: dict[tuple[str, str], ImageSource] = {}
-    for given in inputs:
+    for given in sorted(inputs, key=_is_list):  # what a list says replaces what is known from names of folders
         images = [_absolute(image) for image in _expand(given)]
         if not images:
             raise ValueError(f"inputs: {str(given)!r} matches no {KINDS} file or DICOM series; an input is {ACCEPTED}")
@@ -61,6 +61,10 @@ def find_images(inputs: Sequence[str | Path]) -> list[ImageSource]:
             found[key] = _joined(found[key], image) if key in found else image
     masks = {mask for image in found.values() for mask in image.files[1:]}
     return [found[key] for key in sorted(found) if found[key].path not in masks]
+
+
+def _is_list(given: str | Path) -> bool:
+    return Path(given).suffix.lower() in (".csv", ".json")
 
 
 def _expand(given: str | Path) -> Iterable[ImageSource]:

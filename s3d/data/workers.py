@@ -31,7 +31,7 @@ class _Worker(Generic[Task]):
 
     def give(self, task: Task) -> None:
         self.task = task
-        with contextlib.suppress(BrokenPipeError):  # it is dead: whoever waits for its answer will see that
+        with contextlib.suppress(ConnectionError):  # it is dead: whoever waits for its answer will see that
             self.connection.send(task)
 
 
@@ -41,8 +41,8 @@ def run_in_processes(
     """Calls `work` on every task in other processes and yields task and outcome as they are done, in any order.
 
     Processes are started without a fork of this one (its threads and open files stay its own), so a script that calls
-    this needs the usual `if __name__ == "__main__":`. They end after their present task when the
-    iterator is closed, or this process dies.
+    this needs the usual `if __name__ == "__main__":`. They end after their present task when the iterator is closed,
+    or this process dies.
 
     Args:
         work: a function of a module, and tasks and outcomes: things that can be pickled.
@@ -87,7 +87,7 @@ def run_in_processes(
 def _receive(worker: _Worker[Any]) -> Any:
     try:
         succeeded, value = worker.connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, ConnectionError):
         worker.process.join()
         code = worker.process.exitcode
         how = f"by signal {-code} ({signal.strsignal(-code)})" if code is not None and code < 0 else f"with code {code}"
@@ -107,7 +107,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     while True:
         try:
             task = connection.recv()
-        except EOFError:  # the main process is gone
+        except (EOFError, ConnectionError):  # the main process is gone
             return
         try:
             answer = (True, work(task))
@@ -115,5 +115,5 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
             answer = (False, (error, traceback.format_exc()))
         try:
             connection.send(answer)
-        except BrokenPipeError:
+        except ConnectionError:
             return

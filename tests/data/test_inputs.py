@@ -153,6 +153,12 @@ def test_what_bids_leaves_out_can_be_named_and_belongs_to_the_same_subject(bids:
     assert phase.path.name == "sub-01_ses-b_part-phase_T2w.nii.gz"
 
 
+def test_a_list_knows_better_than_names_of_folders(bids: Path) -> None:
+    (bids / "l.csv").write_text("image,subject\nds2/sub-01/anat/sub-01_T1w.nii.gz,another\n")
+    for given in ([bids / "l.csv", bids / "ds2"], [bids / "ds2", bids / "l.csv"]):
+        assert [image.subject for image in find_images(given)] == ["another"]
+
+
 def test_folders_that_are_called_derivatives_elsewhere_are_searched(tmp_path: Path) -> None:
     touch(tmp_path, "derivatives/a.nii", "func/b.nii", "patients/sub-7/T1.nii")
     found = find_images([tmp_path / "derivatives", tmp_path / "func", tmp_path / "patients"])

@@ -34,8 +34,8 @@ def find_images(inputs: Sequence[str | Path]) -> list[ImageSource]:
     - Lists give what they say, whether it exists or not (`preprocess` reports a missing file like any other bad one);
       relative paths in a list are relative to the list. Columns, or keys of objects, are `image` (or `path`) and, if
       known, `subject`, `session`, `anatomy_mask`, `anonymisation_mask`.
-    - Of an image that several inputs name is known what any of them says. Where they differ, lists count more than names
-      of folders, and the last list most. What is the mask of an image is no image itself.
+    - Of an image that several inputs name is known what any of them says. Where they differ, a list counts more than
+      names of folders, and the last list most. What is the mask of an image is no image itself.
 
     Symbolic links are not resolved, so that the names a user knows are kept, and links to folders are not entered.
 

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(config, DemoConfig):
             demo(config)
         elif isinstance(config, PreprocessConfig):
-            print(preprocess_images(config))
+            preprocess_images(config)
         elif isinstance(config, ProfileConfig):
             profile(config)
         else:

@@ -46,7 +46,7 @@ class PreprocessConfig:
 
 
 def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
-    """Fill or complete a store; writes ``report.html`` beside it.
+    """Fill or complete a store, write ``report.html`` beside it, and print what was done.
 
     Raises: as `s3d.data.find_images` and `s3d.data.preprocess` do.
     """
@@ -66,7 +66,8 @@ def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
     ]
     report = config.output_dir / REPORT
     report.write_text(store_report(VolumeStore(config.output_dir), summary, config.spacing, workers, seconds, speeds))
-    log.info("report: %s", report)
+    print(summary)
+    print(f"report: {report}")
     return summary
 
 

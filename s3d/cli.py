@@ -1,4 +1,4 @@
-"""The command line: `s3d pretrain`, `s3d profile`, ... Options come from the dataclasses of the commands."""
+"""The command line: `s3d preprocess`, `s3d pretrain`, ... Options come from the dataclasses of the commands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .data import BadImageError
 from .demo import DemoConfig, demo
 from .export_weights import ExportConfig, export
 from .import_weights import ImportConfig, import_weights
+from .preprocessing import PreprocessConfig, preprocess_images
 from .pretrain import pretrain
 from .pretrain_config import PretrainConfig, machine_config
 from .profiling import ProfileConfig, profile
@@ -35,13 +36,14 @@ def _pretrain(config: PretrainConfig) -> None:
 
 # Settings and function of each command.
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "preprocess": (PreprocessConfig, preprocess_images),
     "pretrain": (PretrainConfig, _pretrain),
     "export": (ExportConfig, export),
     "import": (ImportConfig, import_weights),
     "profile": (ProfileConfig, profile),
     "demo": (DemoConfig, demo),
 }
-RESUMABLE = (PretrainConfig, DemoConfig)
+RESUMABLE = (PreprocessConfig, PretrainConfig, DemoConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:

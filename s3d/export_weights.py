@@ -44,7 +44,9 @@ def export(config: ExportConfig) -> None:
         raise ValueError(f"output {config.output} exists; remove it or give another name")
     saved = load_checkpoint(config.checkpoint)
     unet = plain_unet(saved, config.weights)
-    content = FORMATS[config.format](unet, saved["config"])
+    # What the volumes had, where the run knew it; its settings tell only what images were to be resampled to.
+    settings = saved["config"] | {name: saved[name] for name in ("spacing_mm",) if name in saved}
+    content = FORMATS[config.format](unet, settings)
     save_atomically(config.output, content)
     log.info(
         "%s: %s weights of %s (%s, step %d) in format %s",

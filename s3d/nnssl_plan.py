@@ -39,25 +39,27 @@ def adaptation_plan(config: dict[str, Any]) -> dict[str, Any]:
     """The plan of a checkpoint, in plain types.
 
     Args:
-        config: "config" of the checkpoint; its `preset`, `patch_size` (voxels) and `spacing_mm` are read.
+        config: "config" of the checkpoint; its `preset`, `patch_size` (voxels) and `spacing_mm` (one number or three, as the
+            axes of the patch) are read.
     Raises:
         ValueError: a setting is missing, as in imported checkpoints of which nothing but the weights is known.
     """
     missing = [name for name in ("preset", "patch_size", "spacing_mm") if name not in config]
     if missing:
         raise ValueError(f"the adaptation plan needs {', '.join(missing)}, which the checkpoint does not tell")
-    patch_size, spacing_mm = [int(side) for side in config["patch_size"]], float(config["spacing_mm"])
-    style = "onemmiso" if spacing_mm == 1 else "isotropic"
+    patch_size, spacing_mm = [int(side) for side in config["patch_size"]], config["spacing_mm"]
+    spacing = [float(side) for side in (spacing_mm if isinstance(spacing_mm, list) else [spacing_mm] * 3)]
+    style = ("onemmiso" if spacing[0] == 1 else "isotropic") if len(set(spacing)) == 1 else "noresample"
     return {
         "architecture_plans": _architecture(config["preset"]),
         "pretrain_plan": {
             "dataset_name": "s3d",
             "plans_name": "s3d",
-            "original_median_spacing_after_transp": [spacing_mm] * 3,
+            "original_median_spacing_after_transp": spacing,
             "image_reader_writer": "NibabelIO",
             "transpose_forward": [0, 1, 2],
             "transpose_backward": [0, 1, 2],
-            "configurations": {style: _configuration(style, patch_size, spacing_mm)},
+            "configurations": {style: _configuration(style, patch_size, spacing)},
             "experiment_planner_used": "s3d",
         },
         "pretrain_num_input_channels": 1,
@@ -99,7 +101,7 @@ def _arguments(preset: str) -> dict[str, Any]:
     }
 
 
-def _configuration(style: str, patch_size: list[int], spacing_mm: float) -> dict[str, Any]:
+def _configuration(style: str, patch_size: list[int], spacing: list[float]) -> dict[str, Any]:
     """How volumes were preprocessed. nnU-Net reads spacing and patch size; the rest is what nnssl's class requires."""
     return {
         "data_identifier": f"s3d_{style}",
@@ -111,6 +113,6 @@ def _configuration(style: str, patch_size: list[int], spacing_mm: float) -> dict
         "resampling_fn_data_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
         "resampling_fn_mask": "resample_data_or_seg_to_shape",
         "resampling_fn_mask_kwargs": {"is_seg": True, "order": 0, "order_z": 0, "force_separate_z": None},
-        "spacing": [spacing_mm] * 3,
+        "spacing": spacing,
         "patch_size": patch_size,
     }

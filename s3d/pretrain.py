@@ -28,7 +28,7 @@ from .pretrain_config import PretrainConfig
 from .progress import Progress
 from .run_report import write_run_report
 from .stop_signals import stop_signals
-from .training_data import check_same_data, data_record, prepare_volumes, training_batches
+from .training_data import check_same_data, data_record, prepare_volumes, training_batches, usual_spacing
 from .training_log import TrainingLog
 from .training_step import StepResult, Training, TrainingStep, build_training, joined_state
 from .validation import Validator
@@ -128,6 +128,7 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
         log.info("resuming at step %d of %d", state.step, config.steps)
         del saved
 
+    spacing_mm = usual_spacing(store, training_cases)
     sources = {case.name: case.source for case in store.cases}
     batches = training_batches(config, store, training_cases, group, parts, state.step)
     train = TrainingStep(config, training, group, parts)
@@ -149,8 +150,13 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
         def save() -> None:
             _check_weights(training, state.step, config)
             if group.first:
-                content = {**dataclasses.asdict(state), "config": config.plain(), "data": data, **training.state()}
-                save_checkpoint(output / NEWEST, content)
+                content = {
+                    **dataclasses.asdict(state),
+                    "config": config.plain(),
+                    "data": data,
+                    "spacing_mm": spacing_mm,
+                }
+                save_checkpoint(output / NEWEST, {**content, **training.state()})
 
         if state.step == 0:
             state.initial_loss = state.validation_loss = validate(training.model, training_log, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def training_batches(
         seed=config.seed,
         augmentation=SpatialAugmentation() if config.augment else None,
         length=config.steps * config.batch_size,
+        foreground_share=config.foreground,
     )
     loader = DataLoader(
         dataset,
@@ -102,6 +104,13 @@ def training_batches(
         worker_init_fn=ignore_stop_signals,
     )
     return iter(loader)
+
+
+def usual_spacing(store: VolumeStore, cases: list[int]) -> list[float]:
+    """Voxel size (depth, height, width) in mm that volumes were resampled to, or the median of their own."""
+    if store.spacing_mm is not None:
+        return list(store.spacing_mm)
+    return [statistics.median(sizes) for sizes in zip(*(store.cases[case].spacing_mm for case in cases), strict=True)]
 
 
 def data_record(store: VolumeStore, training: list[int], validation: list[int]) -> dict[str, list[list[Any]]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s3d_kernels import BlockMask
 
-from .data import VolumeStore, validation_patch
+from .data import VolumeStore, validation_sample
 from .distributed import Processes
 from .loss import masked_mse, visible_mean_mse
 from .masking import MaskSampler
@@ -44,14 +44,18 @@ class Validator:
         self.cases = cases[:MAX_VALIDATION_CASES]
         self.processes = processes
         self.sampler = MaskSampler(config.patch_size, config.mask_block, config.mask_ratio, config.seed)
-        self.mean_loss = self._mean([float(visible_mean_mse(patch, mask)) for _, patch, mask in self._problems()])
+        self.mean_loss = self._mean([float(visible_mean_mse(*problem)) for _, *problem in self._problems()])
 
-    def _problems(self) -> Iterator[tuple[int, Tensor, BlockMask]]:
-        """Those of this process: number, patch [1, 1, D, H, W] and its mask."""
+    def _problems(self) -> Iterator[tuple[int, Tensor, BlockMask, Tensor | None]]:
+        """Those of this process: number, patch [1, 1, D, H, W], its mask, and which of its voxels are valid."""
         device = self.processes.device
         for number, case in self.processes.share(list(enumerate(self.cases))):
-            patch = validation_patch(self.store, case, self.config.patch_size)[None].to(device)
-            yield number, patch, self.sampler(1, VALIDATION_MASKS, number, device=device)
+            sample = validation_sample(self.store, case, self.config.patch_size)
+            valid = sample["valid"][None].to(device) if "valid" in sample else None
+            yield number, sample["image"][None].to(device), self._mask(number), valid
+
+    def _mask(self, number: int) -> BlockMask:
+        return self.sampler(1, VALIDATION_MASKS, number, device=self.processes.device)
 
     def _mean(self, losses: list[float]) -> float:
         total, count = self.processes.total(sum(losses), len(losses))
@@ -62,10 +66,10 @@ class Validator:
         model.eval()
         losses = []
         with torch.no_grad():
-            for number, patch, mask in self._problems():
+            for number, patch, mask, valid in self._problems():
                 with autocast(self.config, self.processes.device):
                     reconstruction = model(patch, mask)
-                losses.append(float(masked_mse(reconstruction, patch, mask)))
+                losses.append(float(masked_mse(reconstruction, patch, mask, valid)))
                 if training_log is not None and len(losses) <= PICTURES:
                     name = self.store.cases[self.cases[number]].name
                     figure = reconstruction_figure(patch, reconstruction, mask, title=f"{name}, step {step}")

@@ -23,6 +23,7 @@ import s3d.pretrain as pretrain_module
 import s3d.training_step as training_step_module
 from s3d.checkpoint import load_checkpoint
 from s3d.cli import COMMANDS, main
+from s3d.data import find_images, preprocess
 from s3d.masking import MaskSampler
 from s3d.model import build_unet
 from s3d.pretrain import PretrainResult, load_model, pretrain
@@ -562,3 +563,38 @@ def test_golden_losses(images: Path, tmp_path: Path) -> None:
     pretrain(config)
     expected = json.loads(GOLDEN.read_text())
     assert losses(config.output_dir) == pytest.approx(expected, rel=2e-3)
+
+
+def test_anonymised_voxels_are_no_part_of_the_loss(tmp_path: Path) -> None:
+    """Of two volumes one has half of its voxels anonymised; what lies there changes no loss."""
+    shape = (40, 36, 44)
+    rng = np.random.default_rng(0)
+    first = rng.normal(100, 20, shape).astype(np.float32)
+    mask = np.zeros(shape, np.uint8)
+    mask[:20] = 1
+    results = {}
+    for name, patches in (("masks", True), ("none", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        nibabel.save(nibabel.Nifti1Image(first, np.eye(4)), folder / "a.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), folder / "mask.nii.gz")
+        rows = [{"image": "a.nii.gz", **({"anonymisation_mask": "mask.nii.gz"} if patches else {})}]
+        (folder / "list.json").write_text(json.dumps(rows))
+        config = configure(None, folder / "run", images=(str(folder / "list.json"),), augment=False, steps=2)
+        pretrain(config)
+        results[name] = [row["mask_ratio"] for row in read_log(config.output_dir / "log.csv") if "loss" in row]
+    assert results["none"] == [0.75, 0.75]
+    assert all(0.2 < ratio < 0.6 for ratio in results["masks"])
+
+
+def test_a_checkpoint_tells_the_voxel_size_of_the_volumes(images: Path, tmp_path: Path) -> None:
+    for spacing, expected in ((2.0, [2.0, 2.0, 2.0]), (None, [1.0, 1.0, 1.0])):
+        volumes = tmp_path / f"volumes{spacing}"
+        preprocess(find_images([images]), volumes, spacing_mm=spacing, progress=False)
+        config = configure(None, tmp_path / f"run{spacing}", volumes=volumes, steps=1, patch_size=(16, 16, 16))
+        assert load_checkpoint(pretrain(config).checkpoint)["spacing_mm"] == expected
+
+
+def test_neither_volumes_nor_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give volumes .* or images"):
+        pretrain(configure(None, tmp_path / "run"))

@@ -19,11 +19,17 @@ EPOCH_STREAM = 0
 SAMPLE_STREAM = 1
 
 
-class Sample(TypedDict):
-    """One training sample."""
-
+class _Patch(TypedDict):
     image: Tensor  # float32 [1, D, H, W]
     case: str
+
+
+class Sample(_Patch, total=False):
+    """One training sample."""
+
+    # There if and only if the store has anonymised regions. bool [1, D, H, W]: False where the image shows something
+    # that was made unrecognisable, so that it is no target; padding counts as background, which is one.
+    valid: Tensor
 
 
 class PatchDataset(Dataset[Sample]):
@@ -38,6 +44,10 @@ class PatchDataset(Dataset[Sample]):
     the patch is centred, and what it shows outside the volume is the volume's background (its minimum); so is what
     a rotated or enlarged patch shows there.
 
+    A share of the patches can be placed around voxels of the foreground instead (as close to the centre as the volume's
+    border allows), for volumes that are mostly air. The voxels are drawn from those that preprocessing has remembered
+    (`VolumeStore.foreground`), which costs no reading.
+
     Args:
         store: where the volumes are.
         cases: positions in `store.cases` to draw from; None takes all.
@@ -45,6 +55,7 @@ class PatchDataset(Dataset[Sample]):
         seed: 0 or more.
         augmentation: None shows the patches as they are.
         length: number of samples of the run.
+        foreground_share: in [0, 1], the share of patches that are centred on foreground.
     Raises:
         ValueError: an argument is out of range; says which.
     """
@@ -58,6 +69,7 @@ class PatchDataset(Dataset[Sample]):
         seed: int,
         augmentation: SpatialAugmentation | None,
         length: int,
+        foreground_share: float = 0.0,
     ) -> None:
         self.store = store
         self.cases = tuple(range(len(store)) if cases is None else cases)
@@ -68,9 +80,12 @@ class PatchDataset(Dataset[Sample]):
             raise ValueError(f"seed must be 0 or more, got {seed}")
         if length < 1:
             raise ValueError(f"length must be 1 or more, got {length}")
+        if not 0 <= foreground_share <= 1:
+            raise ValueError(f"foreground_share must be within [0, 1], got {foreground_share}")
         self.seed = seed
         self.augmentation = augmentation
         self.length = length
+        self.foreground_share = foreground_share
 
     def __len__(self) -> int:
         return self.length
@@ -80,18 +95,27 @@ class PatchDataset(Dataset[Sample]):
             raise IndexError(f"sample {i} of {self.length}")
         case = self._case_of(i)
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, SAMPLE_STREAM, i]))
-        record = self.store.cases[case]
-        start = [
-            int(rng.integers(side - length + 1)) if side >= length else centre
-            for side, length, centre in zip(record.shape, self.patch_size, _centred(record.shape, self.patch_size))
-        ]
+        start = self._place(case, rng)
         transform = SpatialTransform() if self.augmentation is None else self.augmentation.draw(rng)
-        if transform.interpolates:
-            patch = _read_transformed(self.store, case, start, self.patch_size, transform)
-        else:
-            patch = _read_padded(self.store, case, start, self.patch_size)
-        mirrored = [axis for axis, mirror in enumerate(transform.mirror) if mirror]
-        return {"image": patch.flip(mirrored)[None], "case": record.name}
+        return _sample(self.store, case, start, self.patch_size, transform)
+
+    def _place(self, case: int, rng: np.random.Generator) -> list[int]:
+        """First voxel of a patch; negative where the patch is larger than the volume."""
+        shape = self.store.cases[case].shape
+        centred = _centred(shape, self.patch_size)
+        # Without a share nothing is drawn, so that the patches are those of before there was one.
+        if self.foreground_share and rng.random() < self.foreground_share:
+            places = self.store.foreground(case)
+            if len(places):
+                centre = places[rng.integers(len(places))].tolist()
+                return [
+                    min(max(middle - length // 2, 0), side - length) if side >= length else first
+                    for middle, side, length, first in zip(centre, shape, self.patch_size, centred)
+                ]
+        return [
+            int(rng.integers(side - length + 1)) if side >= length else first
+            for side, length, first in zip(shape, self.patch_size, centred)
+        ]
 
     def _case_of(self, i: int) -> int:
         epoch, place = divmod(i, len(self.cases))
@@ -99,14 +123,13 @@ class PatchDataset(Dataset[Sample]):
         return self.cases[int(rng.permutation(len(self.cases))[place])]
 
 
-def validation_patch(store: VolumeStore, case: int, patch_size: Sequence[int]) -> Tensor:
+def validation_sample(store: VolumeStore, case: int, patch_size: Sequence[int]) -> Sample:
     """The patch in the middle of a volume, padded with background where the volume is smaller.
 
     Args:
         store: where the volumes are.
         case: position in `store.cases`.
         patch_size: voxels (depth, height, width).
-    Returns: float32 [1, D, H, W].
     Raises:
         IndexError: there is no such case.
         ValueError: `patch_size` is not three positive whole numbers.
@@ -114,36 +137,40 @@ def validation_patch(store: VolumeStore, case: int, patch_size: Sequence[int]) -
     if not 0 <= case < len(store):
         raise IndexError(f"case must be 0 to {len(store) - 1}, got {case}")
     size = _check_patch_size(patch_size)
-    return _read_padded(store, case, _centred(store.cases[case].shape, size), size)[None]
+    return _sample(store, case, _centred(store.cases[case].shape, size), size, SpatialTransform())
 
 
 def split_cases(store: VolumeStore, validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Splits the cases of a store in two, by a hash of their names.
+    """Splits the cases of a store in two, by a hash of their subjects; cases of no known subject by their names.
 
-    Which half a case falls into depends on its name and the seed, not on the order or place of the files, and few
-    cases change sides when some are added. Images of one person are separate cases: where they must stay together,
-    pass such lists of your own to `PatchDataset`.
+    All cases of a subject are on one side. Which side that is depends on subject and seed, not on the order or place
+    of the files, and few subjects change sides when some are added.
 
     Args:
         store: where the volumes are.
-        validation_fraction: in [0, 1); of 2 or more cases each side gets at least one, unless the fraction is 0.
+        validation_fraction: in [0, 1), as nearly as whole subjects allow; of 2 or more subjects each side gets at least
+            one, unless the fraction is 0.
         seed: another seed, another split.
-    Returns: training and validation cases, ascending positions in `store.cases`. One case alone is for training.
+    Returns: training and validation cases, ascending positions in `store.cases`. One subject alone is for training.
     Raises:
         ValueError: `validation_fraction` is out of range.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be within [0, 1), got {validation_fraction}")
-    total = len(store)
-    count = 0
-    if validation_fraction > 0 and total >= 2:
-        count = min(max(round(validation_fraction * total), 1), total - 1)
+    people: dict[str, list[int]] = {}
+    for case, record in enumerate(store.cases):
+        people.setdefault(record.name if record.subject is None else record.subject, []).append(case)
+    wanted = max(round(validation_fraction * len(store)), 1) if validation_fraction > 0 else 0
 
-    def rank(case: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{store.cases[case].name}".encode()).digest()
-
-    validation = sorted(sorted(range(total), key=rank)[:count])
-    return sorted(set(range(total)) - set(validation)), validation
+    ranked = sorted(people, key=lambda person: hashlib.sha256(f"{seed}/{person}".encode()).digest())
+    validation: list[int] = []
+    for person in ranked[:-1]:  # one is left for training
+        # Taken if that comes nearer to the wanted number.
+        if len(validation) + len(people[person]) / 2 <= wanted:
+            validation += people[person]
+    if wanted and not validation and len(ranked) > 1:
+        validation = people[ranked[0]]
+    return sorted(set(range(len(store))) - set(validation)), sorted(validation)
 
 
 def _check_patch_size(patch_size: Sequence[int]) -> tuple[int, int, int]:
@@ -158,25 +185,52 @@ def _centred(volume_shape: Sequence[int], patch_size: Sequence[int]) -> list[int
     return [(side - length) // 2 for side, length in zip(volume_shape, patch_size)]
 
 
-def _read_padded(store: VolumeStore, case: int, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """The patch [D, H, W] at `start`, which may lie partly outside the volume."""
-    record = store.cases[case]
-    low = [max(first, 0) for first in start]
-    high = [min(first + length, side) for first, length, side in zip(start, patch_size, record.shape)]
-    inside = store.read(case, low, [after - before for before, after in zip(low, high)])
-    if inside.shape == tuple(patch_size):
-        return torch.from_numpy(inside)
-    patch = np.full(patch_size, record.background, dtype=np.float32)
-    patch[tuple(slice(a - first, b - first) for a, b, first in zip(low, high, start))] = inside
-    return torch.from_numpy(patch)
-
-
-def _read_transformed(
-    store: VolumeStore, case: int, start: Sequence[int], patch_size: Sequence[int], transform: SpatialTransform
-) -> Tensor:
-    """The rotated and scaled patch [D, H, W] around the centre of the plain one."""
+def _sample(
+    store: VolumeStore, case: int, start: Sequence[int], patch_size: tuple[int, int, int], transform: SpatialTransform
+) -> Sample:
+    """The patch whose first voxel is `start` before it is transformed around its centre."""
     record = store.cases[case]
     centre = [first + (length - 1) / 2 for first, length in zip(start, patch_size)]
-    region_start, region_shape = transform.source_region(centre, patch_size, record.shape)
+    region_start, region_shape = (
+        transform.source_region(centre, patch_size, record.shape)
+        if transform.interpolates
+        else _overlap(start, patch_size, record.shape)
+    )
+
+    def show(region: Tensor, outside: float) -> Tensor:
+        """[1, D, H, W]: what the patch shows of the region that was read."""
+        if transform.interpolates:
+            patch = transform.resample(region, region_start, centre, patch_size, outside)
+        else:
+            patch = _padded(region, [low - first for low, first in zip(region_start, start)], patch_size, outside)
+        mirrored = [axis for axis, mirror in enumerate(transform.mirror) if mirror]
+        return (patch.flip(mirrored) if mirrored else patch)[None]  # flip copies, along no axis too
+
     region = torch.from_numpy(store.read(case, region_start, region_shape))
-    return transform.resample(region, region_start, centre, patch_size, record.background)
+    sample: Sample = {"image": show(region, record.background), "case": record.name}
+    if store.has_anonymised:
+        anonymised = store.read_anonymised(case, region_start, region_shape)
+        if anonymised is None or not anonymised.any():
+            sample["valid"] = torch.ones(1, *patch_size, dtype=torch.bool)
+        else:
+            # Interpolated like the image: a voxel is valid if none that it is made from is anonymised.
+            sample["valid"] = show(torch.from_numpy(anonymised).float(), 0.0) < 1e-4
+    return sample
+
+
+def _overlap(
+    start: Sequence[int], patch_size: Sequence[int], volume_shape: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Start and shape of the part of the volume that the patch at `start` covers."""
+    low = tuple(max(first, 0) for first in start)
+    high = [min(first + length, side) for first, length, side in zip(start, patch_size, volume_shape)]
+    return low, tuple(after - before for before, after in zip(low, high))
+
+
+def _padded(region: Tensor, place: Sequence[int], patch_size: Sequence[int], outside: float) -> Tensor:
+    """A patch [D, H, W] that shows `region` from voxel `place` on."""
+    if region.shape == torch.Size(patch_size):
+        return region
+    patch = torch.full(tuple(patch_size), outside)
+    patch[tuple(slice(first, first + length) for first, length in zip(place, region.shape))] = region
+    return patch

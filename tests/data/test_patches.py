@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from s3d.data import PatchDataset, SpatialAugmentation, VolumeStore, split_cases, validation_patch
+from s3d.data import (
+    PatchDataset,
+    SpatialAugmentation,
+    VolumeStore,
+    loader_speed,
+    preprocess,
+    split_cases,
+    validation_sample,
+)
 
 
 def dataset(
@@ -20,8 +30,17 @@ def dataset(
     augmentation: SpatialAugmentation | None = SpatialAugmentation(),
     length: int = 24,
     cases: list[int] | None = None,
+    foreground_share: float = 0.0,
 ) -> PatchDataset:
-    return PatchDataset(store, cases, patch_size, seed=seed, augmentation=augmentation, length=length)
+    return PatchDataset(
+        store,
+        cases,
+        patch_size,
+        seed=seed,
+        augmentation=augmentation,
+        length=length,
+        foreground_share=foreground_share,
+    )
 
 
 def global_random_state() -> tuple[object, ...]:
@@ -101,12 +120,12 @@ def test_small_volume_is_centred_on_background(store: VolumeStore) -> None:
     assert background == inner.min() < 0
 
 
-def test_validation_patch_is_the_centre(store: VolumeStore) -> None:
+def test_validation_sample_is_the_centre(store: VolumeStore) -> None:
     expected = store.read(0)[40:60, 35:55, 25:45]
-    actual = validation_patch(store, 0, (20, 20, 20))
+    actual = validation_sample(store, 0, (20, 20, 20))["image"]
     assert actual.shape == (1, 20, 20, 20)
     np.testing.assert_array_equal(actual[0], expected)
-    padded = validation_patch(store, 2, (22, 20, 20))[0]
+    padded = validation_sample(store, 2, (22, 20, 20))["image"][0]
     np.testing.assert_array_equal(padded[1:21], store.read(2)[:, 15:35, 20:40])
     assert (padded[[0, 21]] == store.cases[2].background).all()
 
@@ -145,6 +164,7 @@ def test_one_case_is_for_training(store: VolumeStore) -> None:
         ({"patch_size": (8, 8, 0)}, "patch_size must be three positive whole numbers"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"length": 0}, "length must be 1 or more, got 0"),
+        ({"foreground_share": 1.1}, "foreground_share must be within"),
     ],
 )
 def test_arguments_are_checked(store: VolumeStore, changes: dict[str, object], message: str) -> None:
@@ -158,6 +178,71 @@ def test_numbers_out_of_range(store: VolumeStore) -> None:
         with pytest.raises(IndexError, match=f"sample {i} of 24"):
             samples[i]
     with pytest.raises(IndexError, match="case must be 0 to 3"):
-        validation_patch(store, 4, (8, 8, 8))
+        validation_sample(store, 4, (8, 8, 8))["image"]
     with pytest.raises(ValueError, match="validation_fraction must be within"):
         split_cases(store, 1.0, seed=0)
+
+
+@pytest.fixture
+def corner_store(write_nifti: Callable[..., Path], tmp_path: Path) -> VolumeStore:
+    """A dark noisy volume of 64^3 with a small bright ball near one corner."""
+    axes = np.indices((64, 64, 64))
+    ball = ((axes - 8) ** 2).sum(axis=0) < 25
+    noise = np.random.default_rng(0).normal(10, 0.1, size=ball.shape)
+    image = write_nifti("ball.nii.gz", np.where(ball, 1000, noise).astype(np.float32))
+    preprocess([image], tmp_path / "balls", progress=False)
+    return VolumeStore(tmp_path / "balls")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_patches_is_centred_on_foreground(corner_store: VolumeStore, share: float) -> None:
+    assert len(corner_store.foreground(0)) == 485  # all voxels of the ball
+    samples = dataset(
+        corner_store, patch_size=(11, 11, 11), augmentation=None, length=400, foreground_share=share, seed=1
+    )
+    centred = [samples[i]["image"].max() > 10 for i in range(400)]
+    by_chance = 0.02
+    assert np.mean(centred) == pytest.approx(share + (1 - share) * by_chance, abs=0.06)
+    if share == 1:
+        assert all(samples[i]["image"][0, 5, 5, 5] > 10 for i in range(400))
+
+
+def test_patches_on_foreground_stay_within_the_volume(corner_store: VolumeStore) -> None:
+    (sample,) = list(dataset(corner_store, patch_size=(40, 40, 40), augmentation=None, length=1, foreground_share=1))
+    np.testing.assert_array_equal(sample["image"][0], corner_store.read(0, (0, 0, 0), (40, 40, 40)))
+    larger = dataset(corner_store, patch_size=(80, 40, 40), augmentation=None, length=1, foreground_share=1)[0]["image"]
+    np.testing.assert_array_equal(larger[0, 8:72], corner_store.read(0, (0, 0, 0), (64, 40, 40)))
+
+
+def with_subjects(store: VolumeStore, subjects: list[str | None]) -> VolumeStore:
+    """A store of one case each, all made of the first."""
+    copy = VolumeStore(store.folder)
+    copy.cases = tuple(
+        dataclasses.replace(store.cases[0], name=f"case{number}", subject=subject)
+        for number, subject in enumerate(subjects)
+    )
+    return copy
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_split_keeps_the_images_of_a_subject_together(store: VolumeStore, seed: int) -> None:
+    subjects = [f"p{number % 20}" for number in range(60)] + [None] * 40
+    many = with_subjects(store, subjects)
+    train, validation = split_cases(many, 0.2, seed)
+    assert sorted(train + validation) == list(range(100))
+    assert not {subjects[case] for case in train} & {subjects[case] for case in validation} - {None}
+    assert 18 <= len(validation) <= 22
+    few = with_subjects(store, ["a", "a", "a", "b", "b", "b"])
+    assert [len(side) for side in split_cases(few, 0.05, seed)] == [3, 3]
+    assert split_cases(with_subjects(store, ["a", "a", "a"]), 0.5, seed) == ([0, 1, 2], [])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("augmented", [False, True])
+def test_loader_speed_counts_what_is_decompressed(store: VolumeStore, augmented: bool) -> None:
+    speed = loader_speed(store.folder, (32, 32, 32), augmented=augmented, seconds=0.2)
+    assert speed.patches >= 3
+    assert speed.voxels_per_second == speed.patches_per_second * 32**3
+    # At most one more block than the patch along each axis, if it is not turned.
+    assert 1 <= speed.read_amplification < (4 if augmented else (48 / 32) ** 3)
+    assert loader_speed(store.folder, (1, 1, 1), augmented=False, seconds=0).read_amplification > 1000

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +19,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from s3d.data import BadImageError, VolumeStore, load_volume, preprocess
-from s3d.data.store import case_names
+from s3d.data import BadImageError, ImageSource, VolumeStore, WorkerDiedError, load_volume, preprocess
+from s3d.data.preparing import case_names
+from s3d.data.store import decompressed_voxels
 
 WriteNifti = Callable[..., Path]
 MakeHead = Callable[..., NDArray[np.float32]]
@@ -86,7 +93,7 @@ def test_store_can_be_pickled(store: VolumeStore) -> None:
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read(3), store.read(3))
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_second_run_reuses_everything(images: list[Path], tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "store"
     assert bring_in(images, folder, workers=workers) == (3, 0, 0)
@@ -192,7 +199,12 @@ def test_damaged_case_file_is_redone(images: list[Path], tmp_path: Path) -> None
     first, second = (folder / case.file for case in VolumeStore(folder).cases[:2])
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:500])
+    store = VolumeStore(folder)
+    for case in (0, 1):
+        with pytest.raises(OSError, match=rf"/store/{store.cases[case].file} is damaged or gone; preprocess the same"):
+            store.read(case)
     assert bring_in(images, folder) == (2, 1, 0)
+    store.read(0)
 
 
 def test_runs_that_share_a_folder_do_not_see_each_others_voxels(images: list[Path], tmp_path: Path) -> None:
@@ -213,6 +225,8 @@ def test_runs_that_share_a_folder_do_not_see_each_others_voxels(images: list[Pat
 def test_bad_image_stops_or_is_skipped(images: list[Path], bad_image: Path, tmp_path: Path, workers: int) -> None:
     given = [images[0], bad_image, *images[1:], tmp_path / "in" / "gone.nii"]
     with pytest.raises(BadImageError, match=r"bad\.nii\.gz: cannot be read as NIfTI"):
+        preprocess(given[:-1], tmp_path / "store", progress=False, workers=workers)
+    with pytest.raises(BadImageError, match=r"gone\.nii: no such file"):  # known before anything is read
         preprocess(given, tmp_path / "store", progress=False, workers=workers)
 
     summary = preprocess(given, tmp_path / "store", skip_bad=True, progress=False, workers=workers)
@@ -257,7 +271,7 @@ def test_store_of_another_version_is_refused(images: list[Path], tmp_path: Path)
     bring_in(images, folder)
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "format": 0}))
-    with pytest.raises(ValueError, match="store format 0, this version reads 1"):
+    with pytest.raises(ValueError, match="store format 0, this version reads 2"):
         VolumeStore(folder)
 
 
@@ -272,9 +286,90 @@ def test_store_of_another_version_is_refused(images: list[Path], tmp_path: Path)
     ],
 )
 def test_case_names_are_short_and_unique(sources: list[str], expected: list[str]) -> None:
-    assert case_names([Path(source) for source in sources]) == expected
+    assert case_names([ImageSource(Path(source)) for source in sources]) == expected
 
 
 def test_case_names_of_files_that_only_differ_in_suffix_or_case() -> None:
-    names = case_names([Path("/d/t1.nii"), Path("/d/t1.nii.gz"), Path("/d/T1.nii")])
+    names = case_names([ImageSource(Path(f"/d/{name}")) for name in ("t1.nii", "t1.nii.gz", "T1.nii")])
     assert len({name.lower() for name in names}) == 3
+
+
+def kill_a_worker() -> None:
+    deadline = time.monotonic() + 60
+    while not (children := multiprocessing.active_children()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert children[0].pid is not None
+    os.kill(children[0].pid, signal.SIGKILL)
+
+
+def test_killed_worker_is_named_with_its_image_and_nothing_is_lost(
+    tmp_path: Path, write_nifti: WriteNifti, make_head: MakeHead
+) -> None:
+    images = [write_nifti(f"in/{seed}.nii.gz", make_head((70, 70, 70), seed)) for seed in range(6)]
+    folder = tmp_path / "store"
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    with pytest.raises(
+        WorkerDiedError, match=r"by signal 9 \(Killed\) while it worked on .*/in/\d\.nii\.gz; out of memory\?"
+    ):
+        preprocess(images, folder, workers=2, progress=False)
+    killer.join()
+    with pytest.raises(FileNotFoundError):
+        VolumeStore(folder)
+    assert sum(bring_in(images, folder, workers=2)) == 6
+    bring_in(images, tmp_path / "clean")
+    for case in range(6):
+        np.testing.assert_array_equal(VolumeStore(folder).read(case), VolumeStore(tmp_path / "clean").read(case))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    tmp_path: Path, write_nifti: WriteNifti, make_head: MakeHead, workers: int
+) -> None:
+    """A limit on the size of files fails like a full disk does: in the middle of a write."""
+    images = [write_nifti("in/a.nii.gz", make_head((16, 16, 16))), write_nifti("in/b.nii.gz", make_head((60, 60, 60)))]
+    folder = tmp_path / "store"
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from s3d.data import preprocess\n"
+        "if __name__ == '__main__':\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        f"    preprocess(sys.argv[2:], sys.argv[1], progress=False, workers={workers})\n"
+    )
+    run = subprocess.run(
+        [sys.executable, script, folder, *images], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert re.search(
+        r"^OSError: cannot write .*/b-\w+\.b2nd \(0\.\d MB\): File too large; free some space there and run the same",
+        run.stderr,
+        re.MULTILINE,
+    )
+    assert [path.name.rsplit("-", 1)[0] for path in folder.iterdir()] == ["a"]
+    assert bring_in(images, folder) == (1, 1, 0)
+
+
+def test_leftovers_of_killed_runs_are_removed_when_they_are_old(images: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    old, young = folder / ".a.b2nd.1.tmp", folder / ".a.b2nd.2.tmp"
+    old.touch()
+    young.touch()
+    os.utime(old, (1, 1))
+    bring_in(images, folder)
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_decompressed_voxels_are_those_of_the_touched_blocks() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        whole = rng.integers(8, 90, 3)
+        start = rng.integers(whole)
+        shape = rng.integers(1, whole - start + 1)
+        block = np.minimum(16, whole)
+        touched = np.zeros(whole, bool)
+        for corner in itertools.product(*(range(f // b, (f + n - 1) // b + 1) for f, n, b in zip(start, shape, block))):
+            touched[tuple(slice(c * b, (c + 1) * b) for c, b in zip(corner, block))] = True
+        assert decompressed_voxels(start.tolist(), shape.tolist(), whole.tolist()) == touched.sum()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import pickle
 import struct
@@ -107,6 +108,27 @@ def test_integers_with_scaling_and_singleton_axes(tmp_path: Path, make_head: Mak
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "plain.nii.gz")
     scaled, plain = (load_volume(tmp_path / f"{name}.nii.gz") for name in ("scaled", "plain"))
     np.testing.assert_allclose(scaled.voxels, plain.voxels, atol=1e-5)
+
+
+# nibabel leaves a file open whose header it could not read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["x.mgz", "x.mgh"])
+def test_mgh_is_read_like_nifti(tmp_path: Path, make_head: MakeHead, name: str) -> None:
+    voxels = make_head((20, 24, 28))
+    affine = OBLIQUE @ np.diag([1.5, 1.0, 2.0, 1.0])
+    nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "x.nii")
+    nib.save(nib.MGHImage(voxels, affine), tmp_path / name)
+    expected, actual = (load_volume(tmp_path / file) for file in ("x.nii", name))
+    np.testing.assert_allclose(actual.voxels, expected.voxels, atol=1e-4)
+    np.testing.assert_allclose(actual.affine, expected.affine, atol=1e-4)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadImageError, match=r"truncated\?"):
+        load_volume(tmp_path / name)
+    (tmp_path / name).write_bytes(b"no image at all" * 30)
+    with pytest.raises(BadImageError, match="cannot be read as MGH"):
+        load_volume(tmp_path / name)
+    gc.collect()
 
 
 def good(path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Work on many things in several processes, such that one that dies is noticed, and what it worked on is named."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+Task = TypeVar("Task")
+Outcome = TypeVar("Outcome")
+
+
+class WorkerDiedError(ChildProcessError):
+    """A worker process ended before it was done; the message names what it was working on."""
+
+
+class _Worker(Generic[Task]):
+    """A process and the one task that it has."""
+
+    def __init__(self, work: Callable[[Task], Any], context: Any) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.task: Task | None = None
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        with contextlib.suppress(ConnectionError):  # it is dead: whoever waits for its answer will see that
+            self.connection.send(task)
+
+
+def run_in_processes(
+    work: Callable[[Task], Outcome], tasks: Sequence[Task], workers: int
+) -> Generator[tuple[Task, Outcome], None, None]:
+    """Calls `work` on every task in other processes and yields task and outcome as they are done, in any order.
+
+    Processes are started without a fork of this one (its threads and open files stay its own), so a script that calls
+    this needs the usual `if __name__ == "__main__":`. They end after their present task when the iterator is closed,
+    or this process dies.
+
+    Args:
+        work: a function of a module, and tasks and outcomes: things that can be pickled.
+        tasks: what to work on, in this order.
+        workers: processes, at least 1.
+    Raises:
+        WorkerDiedError: a process was killed or crashed; names its task.
+        Exception: what `work` raised, with the traceback of the process as its cause.
+    """
+    # A server that has the modules loaded and forks for each worker: without it every worker takes seconds to import.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload([work.__module__])
+    waiting = list(reversed(tasks))
+    pool: list[_Worker[Task]] = []
+    try:
+        for _ in range(min(workers, len(tasks))):
+            worker = _Worker(work, context)
+            pool.append(worker)
+            worker.give(waiting.pop())
+        busy = {worker.connection: worker for worker in pool}
+        while busy:
+            for connection in wait(list(busy)):
+                worker = busy[connection]
+                task = worker.task
+                assert task is not None
+                outcome = _receive(worker)
+                if waiting:
+                    worker.give(waiting.pop())
+                else:
+                    del busy[connection]
+                yield task, outcome
+    finally:
+        # They end when they have no one to answer to, with what they are doing done: nothing is left half-written.
+        for worker in pool:
+            worker.connection.close()
+        for worker in pool:
+            worker.process.join()
+
+
+def _receive(worker: _Worker[Any]) -> Any:
+    try:
+        succeeded, value = worker.connection.recv()
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        code = worker.process.exitcode
+        how = f"by signal {-code} ({signal.strsignal(-code)})" if code is not None and code < 0 else f"with code {code}"
+        hint = "; out of memory? try fewer workers" if code == -9 else "; what it wrote before says why"
+        raise WorkerDiedError(
+            f"a worker process was ended {how} while it worked on {worker.task}{hint}; run the same command again: "
+            "what is done is kept"
+        ) from None
+    if not succeeded:
+        error, text = value
+        raise error from RuntimeError(text)
+    return value
+
+
+def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, to all processes: the main one ends the others
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, ConnectionError):  # the main process is gone
+            return
+        try:
+            answer = (True, work(task))
+        except Exception as error:
+            answer = (False, (error, traceback.format_exc()))
+        try:
+            connection.send(answer)
+        except ConnectionError:
+            return

@@ -39,8 +39,8 @@ def adaptation_plan(config: dict[str, Any]) -> dict[str, Any]:
     """The plan of a checkpoint, in plain types.
 
     Args:
-        config: "config" of the checkpoint; its `preset`, `patch_size` (voxels) and `spacing_mm` (one number or three, as the
-            axes of the patch) are read.
+        config: "config" of the checkpoint; its `preset`, `patch_size` (voxels) and `spacing_mm` (one number or
+            three, as the axes of the patch) are read.
     Raises:
         ValueError: a setting is missing, as in imported checkpoints of which nothing but the weights is known.
     """

@@ -44,7 +44,9 @@ class Validator:
         self.cases = cases[:MAX_VALIDATION_CASES]
         self.processes = processes
         self.sampler = MaskSampler(config.patch_size, config.mask_block, config.mask_ratio, config.seed)
-        self.mean_loss = self._mean([float(visible_mean_mse(*problem)) for _, *problem in self._problems()])
+        self.mean_loss = self._mean(
+            [float(visible_mean_mse(patch, mask, valid)) for _, patch, mask, valid in self._problems()]
+        )
 
     def _problems(self) -> Iterator[tuple[int, Tensor, BlockMask, Tensor | None]]:
         """Those of this process: number, patch [1, 1, D, H, W], its mask, and which of its voxels are valid."""
@@ -52,10 +54,8 @@ class Validator:
         for number, case in self.processes.share(list(enumerate(self.cases))):
             sample = validation_sample(self.store, case, self.config.patch_size)
             valid = sample["valid"][None].to(device) if "valid" in sample else None
-            yield number, sample["image"][None].to(device), self._mask(number), valid
-
-    def _mask(self, number: int) -> BlockMask:
-        return self.sampler(1, VALIDATION_MASKS, number, device=self.processes.device)
+            mask = self.sampler(1, VALIDATION_MASKS, number, device=device)
+            yield number, sample["image"][None].to(device), mask, valid
 
     def _mean(self, losses: list[float]) -> float:
         total, count = self.processes.total(sum(losses), len(losses))

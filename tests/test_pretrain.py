@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -566,7 +567,7 @@ def test_golden_losses(images: Path, tmp_path: Path) -> None:
 
 
 def test_anonymised_voxels_are_no_part_of_the_loss(tmp_path: Path) -> None:
-    """Of two volumes one has half of its voxels anonymised; what lies there changes no loss."""
+    """Half of the volume is anonymised: the loss is taken over the masked voxels of the other half."""
     shape = (40, 36, 44)
     rng = np.random.default_rng(0)
     first = rng.normal(100, 20, shape).astype(np.float32)
@@ -596,5 +597,5 @@ def test_a_checkpoint_tells_the_voxel_size_of_the_volumes(images: Path, tmp_path
 
 
 def test_neither_volumes_nor_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give volumes .* or images"):
+    with pytest.raises(ValueError, match=r"give volumes .* or images"):
         pretrain(configure(None, tmp_path / "run"))

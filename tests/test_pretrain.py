@@ -581,7 +581,7 @@ def test_anonymised_voxels_are_no_part_of_the_loss(tmp_path: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), folder / "mask.nii.gz")
         rows = [{"image": "a.nii.gz", **({"anonymisation_mask": "mask.nii.gz"} if patches else {})}]
         (folder / "list.json").write_text(json.dumps(rows))
-        config = configure(None, folder / "run", images=(str(folder / "list.json"),), augment=False, steps=2)
+        config = configure(folder / "list.json", folder / "run", augment=False, steps=2)
         pretrain(config)
         results[name] = [row["mask_ratio"] for row in read_log(config.output_dir / "log.csv") if "loss" in row]
     assert results["none"] == [0.75, 0.75]

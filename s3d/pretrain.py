@@ -99,7 +99,7 @@ def _parts(config: PretrainConfig, group: Processes) -> int:
     if group.first:
         log.log(
             logging.WARNING if expected > free else logging.INFO,
-            "expected memory: %.1f GiB for weights, gradients and optimiser, %.1f GiB for %d patches at once "
+            "expected memory: %.2f GiB for weights, gradients and optimiser, %.2f GiB for %d patch(es) at once "
             "(accumulate %d); %.1f GiB are there",
             memory.weights / 2**30,
             memory.patch * (patches // parts) / 2**30,

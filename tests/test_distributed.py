@@ -33,6 +33,10 @@ def command(volumes: Path, output: Path, *options: str) -> list[str]:
     return [*TORCHRUN, "-m", "s3d", "pretrain", *settings.split(), *options]
 
 
+def run(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment(), check=False, timeout=300)
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -43,15 +47,7 @@ def test_two_processes_train_as_one(volumes: Path, tmp_path: Path) -> None:
     whole = pretrain(configure(None, tmp_path / "whole", **settings))
     config = configure(None, tmp_path / "shared", **settings)
     assert stopped_at(config, 3).steps == 3
-    done = subprocess.run(
-        command(volumes, config.output_dir, "--mask-ratio", "0.3", "0.9"),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment(),
-        check=False,
-        timeout=300,
-    )
+    done = run(command(volumes, config.output_dir, "--mask-ratio", "0.3", "0.9"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert losses(config.output_dir) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     ours, theirs = load_checkpoint(config.output_dir / "checkpoint.pt"), load_checkpoint(whole.checkpoint)
@@ -95,15 +91,7 @@ def test_images_and_uneven_batches_are_refused(images: Path, volumes: Path, tmp_
         (["--batch-size", "3"], "batch_size must be a multiple of processes (2) times accumulate (1), got 3"),
         (["--volumes", "None", "--images", str(images)], "images go with one process, not with 2"),
     ):
-        done = subprocess.run(
-            command(volumes, tmp_path / "run", *options),
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment(),
-            check=False,
-            timeout=300,
-        )
+        done = run(command(volumes, tmp_path / "run", *options), tmp_path)
         assert done.returncode != 0
         assert message in done.stderr
 

@@ -67,17 +67,16 @@ def processes(device: str) -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, choose_device(device))
         return
-    local = int(os.environ["LOCAL_RANK"])
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto" and torch.cuda.is_available():
         device = "cuda"
     own = choose_device(f"cuda:{local}" if device == "cuda" else device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), world, own)
-    finally:
-        dist.destroy_process_group()
+    yield Processes(dist.get_rank(), world, own)
+    # Not after an error: it would wait for the others, which wait for this one. torchrun ends them all.
+    dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:

@@ -116,6 +116,13 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
     if saved is not None:
         config.check_same_run(saved["config"], output)
         state = RunState(**{field.name: saved[field.name] for field in dataclasses.fields(RunState)})
+    starts = group.gather(state.step)
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"the processes find different checkpoints in output_dir {output} (steps {starts}): it must be a folder that "
+            "all of them see"
+        )
+    if saved is not None:
         if state.step >= config.steps:
             log.info("%s is complete at step %d", output, state.step)
             return _result(config, state, [])

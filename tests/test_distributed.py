@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_pretrain import configure, losses, stopped_at
 
 from s3d.checkpoint import load_checkpoint
 from s3d.data import find_images, preprocess
 from s3d.distributed import Processes
-from s3d.pretrain import pretrain
+from s3d.pretrain import _run, pretrain
 from s3d.training_data import StepOrder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -109,3 +110,13 @@ def test_processes_and_parts_share_the_samples_of_a_step() -> None:
     assert seen[0] == []
     assert sorted(seen[1]) == list(range(12, 24))
     assert sorted(seen[2]) == list(range(24, 36))
+
+
+def test_processes_that_do_not_see_the_same_folder_are_told(volumes: Path, tmp_path: Path) -> None:
+    class Elsewhere(Processes):
+        def gather(self, value: object) -> list[object]:
+            return [value, 40]
+
+    config = configure(None, tmp_path / "run", volumes=volumes)
+    with pytest.raises(ValueError, match=r"different checkpoints in output_dir .* \(steps \[0, 40\]\)"):
+        _run(config, Elsewhere(0, 2, torch.device("cpu")), parts=1)

@@ -119,13 +119,12 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
     starts = group.gather(state.step)
     if len(set(starts)) > 1:
         raise ValueError(
-            f"the processes find different checkpoints in output_dir {output} (steps {starts}): it must be a folder that "
-            "all of them see"
+            f"the processes find different checkpoints in output_dir {output} (steps {starts}): it must be a folder "
+            "that all of them see"
         )
-    if saved is not None:
-        if state.step >= config.steps:
-            log.info("%s is complete at step %d", output, state.step)
-            return _result(config, state, [])
+    if state.step >= config.steps:
+        log.info("%s is complete at step %d", output, state.step)
+        return _result(config, state, [])
     store, training_cases, validation_cases = prepare_volumes(config, group)
     data = data_record(store, training_cases, validation_cases)
     training = build_training(config, group.device)

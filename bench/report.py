@@ -41,14 +41,16 @@ def main() -> int:
         tables.update({f"{folder.name} {name}": table for name, table in found.items()})
         if options.check:
             paths = {folder / f"{name}.md": table + "\n" for name, table in found.items()}
-            stale += [path for path, text in paths.items() if not path.exists() or path.read_text() != text]
+            stale += [
+                path for path, text in paths.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+            ]
     for path in [] if options.folder else [ROOT / name for name in DOCUMENTS]:
-        document = path.read_text()
+        document = path.read_text(encoding="utf-8")
         new = insert(document, tables, path.name)
         if options.check:
             stale += [path] if new != document else []
         else:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
     for path in stale:
         print(f"not what the results say, run bench/report.py: {path}")
     return 1 if stale else 0
@@ -59,7 +61,7 @@ def write_folder(folder: Path) -> dict[str, str]:
     machine, rows = read_all(folder)
     tables = tables_of(machine, rows, folder)
     for name, table in tables.items():
-        (folder / f"{name}.md").write_text(table + "\n")
+        (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     draw(rows, machine, folder)
     return tables
 

@@ -80,7 +80,7 @@ def load(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"machine_info": {}, "benchmarks": []}
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for entry in content["benchmarks"]:
             entry["fullname"], entry["stats"]["median"], entry["stats"]["iqr"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,7 +95,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(head, indent=1)[:-2] + f',\n "benchmarks": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

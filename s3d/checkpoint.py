@@ -59,9 +59,9 @@ def save_atomically(path: Path, content: dict[str, Any], previous: Path | None =
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small file, as it was before or complete."""
+    """A small file in UTF-8, as it was before or complete."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

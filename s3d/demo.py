@@ -75,7 +75,7 @@ def demo(config: DemoConfig) -> PretrainResult | None:
     ]
     table = "\n".join(f"| {name:<32} | {value:>8} |" for name, value in rows)
     table = f"| {'':<32} | {'':>8} |\n| {'-' * 32} | {'-' * 7}: |\n{table}\n"
-    (config.output_dir / "summary.md").write_text(table)
+    (config.output_dir / "summary.md").write_text(table, encoding="utf-8")
     print(f"\n{table}\npicture:    {picture}\nloss plot:  {config.output_dir / 'loss.png'}")
     print(f"checkpoint: {result.checkpoint}")
     return result

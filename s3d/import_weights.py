@@ -89,7 +89,7 @@ def import_weights(config: ImportConfig) -> None:
     imported = convert(_read(config.file, config.trust_pickle), config.file.name)
     save_checkpoint(config.output, imported.content)
     table = config.output.with_name(config.output.name + ".keys.csv")
-    with open(table, "w", newline="") as file:
+    with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(KeyRow._fields)
         writer.writerows(imported.rows)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .checkpoint import write_text
 from .data import PreprocessSummary, VolumeStore, find_images, loader_speed, preprocess
 from .store_report import store_report
 
@@ -65,7 +66,7 @@ def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
         for augmented in (False, True)
     ]
     report = config.output_dir / REPORT
-    report.write_text(store_report(VolumeStore(config.output_dir), summary, config.spacing, workers, seconds, speeds))
+    write_text(report, store_report(VolumeStore(config.output_dir), summary, config.spacing, workers, seconds, speeds))
     print(summary)
     print(f"report: {report}")
     return summary

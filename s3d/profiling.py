@@ -246,8 +246,8 @@ def profile_steps(
         for _ in range(1 + steps):
             timed()
             recorder.step()
-    trace = StepTrace(json.loads(path.read_text()), layers, "cuda" if on_gpu else "cpu")
-    path.write_text(json.dumps(trace.with_backward_ranges()))
+    trace = StepTrace(json.loads(path.read_text(encoding="utf-8")), layers, "cuda" if on_gpu else "cpu")
+    path.write_text(json.dumps(trace.with_backward_ranges()), encoding="utf-8")
     where = torch.cuda.get_device_name(device) if on_gpu else f"cpu, threads: {torch.get_num_threads()}"
     result = Profile(
         rows=tuple(trace.rows()),
@@ -262,7 +262,7 @@ def profile_steps(
 
 def _write(result: Profile, trace: StepTrace) -> None:
     folder = result.folder
-    (folder / "table.md").write_text(result.table())
+    (folder / "table.md").write_text(result.table(), encoding="utf-8")
     record = {
         "device": result.device,
         "torch": torch.__version__,
@@ -271,9 +271,9 @@ def _write(result: Profile, trace: StepTrace) -> None:
         "unrecorded_ms": result.unrecorded_ms,
         "rows": [asdict(row) for row in result.rows],
     }
-    (folder / "profile.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "profile.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     milliseconds, present, phases = trace.memory()
-    with open(folder / "memory.csv", "w", newline="") as file:
+    with open(folder / "memory.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["ms", *(f"{kind}_bytes" for kind in present)])
         writer.writerows(zip(milliseconds, *present.values(), strict=True))

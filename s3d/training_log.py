@@ -34,15 +34,15 @@ class CsvLog:
         self.path = path
         kept = []
         if start_step > 0 and path.exists():
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start_step]
         partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", newline="") as file:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
         os.replace(partial, path)
-        self._file = open(path, "a", newline="")  # noqa: SIM115 (open as long as the run)
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self._writer = csv.DictWriter(self._file, columns)
 
     def write(self, **values: object) -> None:
@@ -89,7 +89,7 @@ class TrainingLog:
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log; empty columns are absent."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return [
             {name: int(value) if name == "step" else float(value) for name, value in row.items() if value}
             for row in csv.DictReader(file)

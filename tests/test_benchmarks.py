@@ -393,7 +393,7 @@ def test_tables_in_the_documents_are_what_the_results_say() -> None:
         [sys.executable, str(ROOT / "bench" / "report.py"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    shown = (ROOT / "README.md").read_text()
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- table: " in shown
     for path in (ROOT / "bench" / "results").glob("*/*.json"):
         assert json.loads(path.read_text())["machine_info"]["device"]

@@ -35,7 +35,9 @@ def command(volumes: Path, output: Path, *options: str) -> list[str]:
 
 
 def run(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment(), check=False, timeout=300)
+    return subprocess.run(
+        line, capture_output=True, encoding="utf-8", cwd=folder, env=environment(), check=False, timeout=300
+    )
 
 
 def environment() -> dict[str, str]:
@@ -73,7 +75,7 @@ def test_a_signal_stops_all_processes_behind_one_step(volumes: Path, tmp_path: P
         try:
             deadline = time.monotonic() + 200
             while not (output / "log.csv").exists() or len(losses(output)) < 5:
-                assert process.poll() is None, (tmp_path / "output.txt").read_text()
+                assert process.poll() is None, (tmp_path / "output.txt").read_text(encoding="utf-8")
                 assert time.monotonic() < deadline, "no progress"
                 time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
@@ -82,7 +84,7 @@ def test_a_signal_stops_all_processes_behind_one_step(volumes: Path, tmp_path: P
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    text = (tmp_path / "output.txt").read_text()
+    text = (tmp_path / "output.txt").read_text(encoding="utf-8")
     assert "the same command goes on from here" in text, text
     assert load_checkpoint(output / "checkpoint.pt")["step"] == len(losses(output)) >= 5
 

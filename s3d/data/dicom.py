@@ -6,7 +6,10 @@ warns of (missing slices) or does not notice (a localizer, several volumes in on
 
 from __future__ import annotations
 
+import locale
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +40,17 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+@contextmanager
+def _locale_kept() -> Iterator[None]:
+    """SimpleITK sets the locale of the process to C while it reads, and leaves it so: text files would be ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
+@_locale_kept()
 def series_of(folder: Path) -> list[ImageSource]:
     """The DICOM series whose files lie in a folder (not in folders below it), by SeriesInstanceUID.
 
@@ -66,6 +80,7 @@ def series_of(folder: Path) -> list[ImageSource]:
     return found
 
 
+@_locale_kept()
 def read_series(
     folder: Path, series: str
 ) -> tuple[

@@ -106,7 +106,7 @@ class VolumeStore:
                 f"folder {str(folder)!r} has no {INDEX}: it is no store, or its preprocessing did not finish "
                 "(run it again; what is done is not redone)"
             )
-        index = json.loads(index_file.read_text())
+        index = json.loads(index_file.read_text(encoding="utf-8"))
         if index.get("format") != FORMAT:
             raise ValueError(
                 f"folder {str(folder)!r} has store format {index.get('format')}, this version reads {FORMAT}; "

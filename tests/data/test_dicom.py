@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import locale
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,26 @@ def write_series(
         writer.Execute(image)
 
 
+@pytest.fixture(autouse=True)
+def _locale_kept() -> Iterator[None]:
+    """Writing series with SimpleITK changes the locale of the process."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
 @pytest.fixture
 def voxels(make_head: MakeHead) -> NDArray[np.int16]:
     return make_head((12, 20, 16)).astype(np.int16)
+
+
+def test_reading_leaves_the_locale_of_the_process(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+    """Or text files would be written and read as ASCII from then on."""
+    write_series(tmp_path, voxels)
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
+    (found,) = find_images([tmp_path])
+    load_volume(found)
+    assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"
 
 
 def test_series_are_found_by_uid_with_subject_and_session(tmp_path: Path, voxels: NDArray[np.int16]) -> None:

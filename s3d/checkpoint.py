@@ -18,6 +18,10 @@ PREVIOUS = "checkpoint_previous.pt"
 log = logging.getLogger(__name__)
 
 
+class DamagedCheckpointError(ValueError):
+    """A file that cannot be read as a checkpoint."""
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint; the one that was there stays beside it as ``checkpoint_previous.pt``.
 
@@ -76,28 +80,41 @@ def _keep(path: Path, previous: Path) -> None:
     os.replace(link, previous)
 
 
-def find_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint of a folder that can be read, or None if there is none at all.
 
     One that cannot be read is named in a warning.
 
     Raises:
-        ValueError: there are checkpoints, but none can be read.
+        DamagedCheckpointError: there are checkpoints, but none can be read.
+        ValueError: one is of a newer version.
     """
-    damaged: ValueError | None = None
+    damaged: DamagedCheckpointError | None = None
     for path in (folder / NEWEST, folder / PREVIOUS):
         with contextlib.suppress(FileNotFoundError):
             try:
-                found = load_checkpoint(path, device)
-            except ValueError as error:
+                found = load_checkpoint(path)
+            except DamagedCheckpointError as error:
                 damaged = error
                 continue
             if damaged is not None:
                 log.warning("%s; going on from %s, step %d", damaged, path, found["step"])
-            return path, found
+            return found
     if damaged is not None:
         raise damaged
     return None
+
+
+def put_damaged_aside(path: Path) -> None:
+    """Rename a checkpoint that cannot be read, so that the next one does not take the place of the good one before it.
+
+    Call it in one process, when all have found theirs.
+    """
+    if path.exists() and path.with_name(PREVIOUS).exists():
+        try:
+            load_checkpoint(path)
+        except DamagedCheckpointError:
+            os.replace(path, path.with_name("checkpoint_damaged.pt"))
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -108,14 +125,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         "ema_method", their moving averages, if the run kept them.
     Raises:
         FileNotFoundError: no such file.
+        DamagedCheckpointError: not a file of torch.save, or half of one.
         ValueError: not a checkpoint of s3d, or of a newer version.
     """
     try:
         content: Any = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # which say nothing of the content
         raise
     except Exception as error:
-        raise ValueError(f"{path} is not a readable s3d checkpoint: {error}") from error
+        raise DamagedCheckpointError(f"{path} is not a readable s3d checkpoint: {error}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has checkpoint format {version!r}, this version reads {FORMAT_VERSION}")

@@ -70,6 +70,8 @@ def processes(device: str) -> Iterator[Processes]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto" and torch.cuda.is_available():
         device = "cuda"
+    if ":" in device:
+        raise ValueError(f"device must be a kind such as cuda where several processes train, got {device!r}")
     own = choose_device(f"cuda:{local}" if device == "cuda" else device)
     if own.type == "cuda":
         torch.cuda.set_device(own)

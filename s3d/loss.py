@@ -43,7 +43,7 @@ def masked_voxels(
     """How many voxels of the batch the loss is taken over, see :func:`masked_mse`."""
     if valid is None:
         return mask.batch * math.prod(mask.shape) - int(mask.visible_voxels().sum())
-    return int((~mask.to_dense() & valid).sum())
+    return int((~mask.to_dense().to(valid.device) & valid).sum())
 
 
 def visible_mean_mse(

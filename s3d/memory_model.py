@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -64,6 +65,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container or job
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        whole = min(whole, int(limit.read_text()))
     return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

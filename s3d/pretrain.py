@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import statistics
@@ -20,7 +21,7 @@ import torch
 
 from s3d_kernels import use_backend
 
-from .checkpoint import NEWEST, find_checkpoint, load_checkpoint, save_checkpoint, write_text
+from .checkpoint import NEWEST, find_checkpoint, load_checkpoint, put_damaged_aside, save_checkpoint, write_text
 from .distributed import Processes, processes
 from .memory_model import fewest_parts, free_memory, step_memory
 from .model import S3D, build_unet
@@ -112,21 +113,23 @@ def _parts(config: PretrainConfig, group: Processes) -> int:
 
 def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult:
     output, state = config.output_dir, RunState()
-    saved = _find_saved(config, group.device)
+    saved = _find_saved(config)
     if saved is not None:
+        if "optimizer" not in saved:
+            raise ValueError(f"the checkpoint in output_dir {output} holds weights only and cannot be resumed")
         config.check_same_run(saved["config"], output)
         state = RunState(**{field.name: saved[field.name] for field in dataclasses.fields(RunState)})
-    starts = group.gather(state.step)
-    if len(set(starts)) > 1:
-        raise ValueError(
-            f"the processes find different checkpoints in output_dir {output} (steps {starts}): it must be a folder "
-            "that all of them see"
-        )
+    _check_same_everywhere(group, state.step, f"checkpoints in output_dir {output}")
+    if group.first:
+        put_damaged_aside(output / NEWEST)
     if state.step >= config.steps:
         log.info("%s is complete at step %d", output, state.step)
+        if group.first:
+            write_run_report(config, state.mean_loss)
         return _result(config, state, [])
     store, training_cases, validation_cases = prepare_volumes(config, group)
     data = data_record(store, training_cases, validation_cases)
+    _check_same_everywhere(group, hashlib.sha256(json.dumps(data).encode()).hexdigest(), f"volumes in {store.folder}")
     training = build_training(config, group.device)
     if saved is not None:
         check_same_data(data, saved["data"], output)
@@ -184,13 +187,12 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
             progress.done()
             last = state.step == config.steps
             if result.finite and (state.step % config.log_every == 0 or last):
-                (loss,) = group.total(result.loss)
-                figures = progress.figures(loss)
+                figures = progress.figures(result.loss)
                 step_seconds.append(config.batch_size / figures["samples_per_second"])
                 if training_log is not None:
                     training_log.write(
                         state.step,
-                        loss=loss,
+                        loss=result.loss,
                         learning_rate=config.learning_rate_at(state.step - 1),
                         gradient_norm=result.gradient_norm,
                         mask_ratio=result.mask_ratio,
@@ -217,16 +219,21 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
     return _result(config, state, step_seconds)
 
 
-def _find_saved(config: PretrainConfig, device: torch.device) -> dict[str, Any] | None:
-    """The checkpoint to go on from, as ``config.resume`` wants it."""
-    if config.resume not in ("auto", "never"):
-        return load_checkpoint(config.resume, device)
-    found = find_checkpoint(config.output_dir, device)
+def _find_saved(config: PretrainConfig) -> dict[str, Any] | None:
+    """The checkpoint to go on from, as ``config.resume`` wants it; on the CPU, from where it is copied."""
+    found = find_checkpoint(config.output_dir)
     if found is None:
-        return None
+        return None if config.resume in ("auto", "never") else load_checkpoint(config.resume)
     if config.resume == "never":
         raise ValueError(f"output_dir {config.output_dir} holds a run and resume is 'never'; give another output_dir")
-    return found[1]
+    return found
+
+
+def _check_same_everywhere(group: Processes, value: object, what: str) -> None:
+    """Processes that do not see the same files would silently train something else."""
+    values = group.gather(value)
+    if len(set(values)) > 1:
+        raise ValueError(f"the processes find different {what}: it must be a folder that all of them see; got {values}")
 
 
 def _result(config: PretrainConfig, state: RunState, step_seconds: Sequence[float]) -> PretrainResult:
@@ -260,7 +267,7 @@ class SkippedSteps:
         """Look at a step of all processes.
 
         Args:
-            result: of this process.
+            result: of the step.
             step: number, from 1.
             images: files that this process's patches are from.
         Raises:
@@ -270,18 +277,17 @@ class SkippedSteps:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        (loss,) = self.group.total(result.loss)
         images = [image for images in self.group.gather(images) for image in images]
-        what = f"the loss is {loss}, the gradient norm is {result.gradient_norm}"
+        what = f"the loss is {result.loss}, the gradient norm is {result.gradient_norm}"
         if self.training_log is not None:
-            self.training_log.write_skipped(step, loss, result.gradient_norm, images)
+            self.training_log.write_skipped(step, result.loss, result.gradient_norm, images)
             log.warning("step %d skipped: %s (skipped_steps.csv names the images)", step, what)
         if self.in_a_row > self.config.max_skipped:
             raise FloatingPointError(
                 f"step {step}: {what}, in {self.in_a_row} steps in a row, the last on {', '.join(images)}; all are in "
                 f"{self.config.output_dir / 'skipped_steps.csv'}. The last checkpoint is untouched; a smaller "
                 f"learning_rate than {self.config.peak_learning_rate} or another precision than "
-                f"{self.config.precision} may help."
+                f"{self.config.precision} may help, in a new output_dir."
             )
 
 
@@ -290,7 +296,7 @@ def _check_weights(training: Training, step: int, config: PretrainConfig) -> Non
     if not all(bool(parameter.isfinite().all()) for parameter in training.model.parameters()):
         raise FloatingPointError(
             f"step {step}: weights are not finite. The last checkpoint is untouched; "
-            f"a smaller learning_rate than {config.peak_learning_rate} may help."
+            f"a smaller learning_rate than {config.peak_learning_rate} may help, in a new output_dir."
         )
 
 

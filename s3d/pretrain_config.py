@@ -100,7 +100,7 @@ class PretrainConfig:
     """Steps between rows of the log."""
     resume: str = "auto"
     """auto: go on from the newest readable checkpoint in the output folder; never: refuse a folder that has one; or the
-    path of a checkpoint of the same settings."""
+    path of a checkpoint of the same settings, to begin from where the folder has none."""
     max_skipped: int = 10
     """Steps in a row that are skipped and recorded because loss or gradient are not finite; one more stops the run."""
 
@@ -208,9 +208,10 @@ class PretrainConfig:
 
 
 # A resumed run may differ in these without becoming another run: samples, masks and gradients (up to rounding) stay.
+# Its volumes are compared one by one, wherever they come from.
 RESUMABLE_FIELDS = frozenset(
-    """output_dir volumes machine accumulate checkpoint_activations compile device workers validate_every
-    checkpoint_every log_every resume max_skipped""".split()
+    """output_dir volumes images skip_bad machine accumulate checkpoint_activations compile device workers
+    validate_every checkpoint_every log_every resume max_skipped""".split()
 )
 
 # What differs from the published settings on a kind of machine.

@@ -162,7 +162,7 @@ def profile(config: ProfileConfig) -> Profile:
     numbers = itertools.count()
 
     def step() -> None:
-        train(train.read(batches), next(numbers)).loss.item()  # as the trainer, which writes it to the log
+        train(train.read(batches), next(numbers))
 
     with use_backend(run.backend):
         result = profile_steps(

@@ -55,9 +55,11 @@ class Progress:
         """The step is done, and the device has finished."""
         step = (self._ready - self._begin, time.perf_counter() - self._begin)
         self._steps.append(step)
-        self._watched.append(step)
         self._bar.update()
-        if not self._warned and self.group.first and len(self._watched) == FIRST_STEPS + WATCHED_STEPS:
+        if self._warned or not self.group.first:
+            return
+        self._watched.append(step)
+        if len(self._watched) == FIRST_STEPS + WATCHED_STEPS:
             waited, seconds = (sum(times) for times in zip(*self._watched[FIRST_STEPS:], strict=True))
             if waited > TOO_LONG * seconds:
                 log.warning(

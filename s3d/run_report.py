@@ -45,7 +45,7 @@ def write_run_report(config: PretrainConfig, baseline: float) -> None:
 def _summary(config: PretrainConfig, rows: list[dict[str, float]], baseline: float) -> list[tuple[str, str]]:
     training = [row for row in rows if "loss" in row]
     validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    summary = [("steps", f"{max(row['step'] for row in rows)} of {config.steps}")]
+    summary = [("steps", f"{max((row['step'] for row in rows), default=0)} of {config.steps}")]
     if validation:
         summary += [
             ("validation loss", f"{validation[0]:.4f} -> {validation[-1]:.4f}"),

@@ -12,14 +12,16 @@ from types import FrameType
 def stop_signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM makes non-empty, so that the step in progress ends and a checkpoint is written.
 
-    A second signal acts as if there were no handler.
+    A second SIGINT acts as if there were no handler. SIGTERM may come several times: a scheduler sends it to all
+    processes of a job, and torchrun sends it on.
     """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, handle)

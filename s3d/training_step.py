@@ -95,13 +95,13 @@ class StepResult:
     """What a step found.
 
     Attributes:
-        loss: this process's part of the loss; the parts of all processes add up to it. A scalar on the device.
+        loss: over all processes.
         gradient_norm: before clipping, over all processes.
         mask_ratio: voxels that the loss is taken over / all voxels.
         finite: whether loss and gradient are finite; if not, weights and optimiser stay as they were.
     """
 
-    loss: Tensor
+    loss: float
     gradient_norm: float
     mask_ratio: float
     finite: bool
@@ -185,14 +185,15 @@ class TrainingStep:
         with self.phase("clip"):
             scaler.unscale_(optimizer)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip))
-        finite = math.isfinite(norm)
+        (whole_loss,) = self.processes.total(loss)
+        finite = math.isfinite(norm) and math.isfinite(whole_loss)
         with self.phase("optimiser"):
             if finite:
                 scaler.step(optimizer)
                 if training.average is not None:
                     training.average.update_parameters(model)
             scaler.update()
-        return StepResult(loss, norm, count / all_voxels, finite)
+        return StepResult(whole_loss, norm, count / all_voxels, finite)
 
     def _mask(self, part: int, step: int) -> BlockMask:
         """Of a part of this process's share of the batch, on the CPU."""

@@ -22,14 +22,14 @@ from small_runs import configure, losses, stopped_at
 
 import s3d.pretrain as pretrain_module
 import s3d.training_step as training_step_module
-from s3d.checkpoint import load_checkpoint
+from s3d.checkpoint import load_checkpoint, save_checkpoint
 from s3d.cli import COMMANDS, main
 from s3d.data import find_images, preprocess
 from s3d.masking import MaskSampler
 from s3d.model import build_unet
 from s3d.pretrain import PretrainResult, load_model, pretrain
 from s3d.pretrain_config import MACHINES, PretrainConfig, machine_config
-from s3d.training_log import read_log
+from s3d.training_log import COLUMNS, CsvLog, read_log
 
 # Losses of 20 steps of `golden_config`; a change of numerics changes them. The tolerance covers other instruction sets.
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -499,6 +499,51 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     assert pretrain(config).steps == 6
     assert re.search(r"checkpoint\.pt is not a readable.*going on from .*checkpoint_previous\.pt, step 4", caplog.text)
     assert losses(config.output_dir) == losses(finished[0].output_dir)
+    assert (config.output_dir / "checkpoint_damaged.pt").stat().st_size == len(whole) // 2
+    assert [
+        load_checkpoint(config.output_dir / name)["step"] for name in ("checkpoint_previous.pt", "checkpoint.pt")
+    ] == [4, 6]
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(images, tmp_path / "run", checkpoint_every=2)
+    stopped_at(config, 5)
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        pretrain(config)
+
+
+def test_half_a_row_of_the_log_is_dropped(
+    finished: tuple[PretrainConfig, PretrainResult], images: Path, tmp_path: Path
+) -> None:
+    config = configure(images, tmp_path / "run")
+    stopped_at(config, 4)
+    for torn in ("1", "\0\0\0"):
+        with open(config.output_dir / "log.csv", "a") as file:
+            file.write(torn)
+        CsvLog(config.output_dir / "log.csv", COLUMNS, 4).close()
+    assert pretrain(config).steps == 6
+    assert losses(config.output_dir) == losses(finished[0].output_dir)
+
+
+def test_weights_alone_are_not_resumed(images: Path, tmp_path: Path) -> None:
+    config = configure(images, tmp_path / "run")
+    save_checkpoint(config.output_dir / "checkpoint.pt", {"step": 0, "config": config.plain(), "network": {}})
+    with pytest.raises(ValueError, match="holds weights only and cannot be resumed"):
+        pretrain(config)
+
+
+def test_a_loss_that_is_infinite_is_skipped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = training_step_module.masked_mse
+    monkeypatch.setattr(training_step_module, "masked_mse", lambda *arguments: original(*arguments) + float("inf"))
+    with pytest.raises(FloatingPointError, match="loss is inf"):
+        pretrain(configure(images, tmp_path / "run", max_skipped=1))
 
 
 def test_resume_from_a_path_or_never(images: Path, tmp_path: Path) -> None:
@@ -509,6 +554,9 @@ def test_resume_from_a_path_or_never(images: Path, tmp_path: Path) -> None:
     other = dataclasses.replace(
         config, output_dir=tmp_path / "other", resume=str(config.output_dir / "checkpoint_previous.pt")
     )
+    assert pretrain(other).steps == 6
+    assert losses(other.output_dir) == losses(config.output_dir)[4:]
+    # The same command again goes on from the folder's own checkpoint.
     assert pretrain(other).steps == 6
     assert losses(other.output_dir) == losses(config.output_dir)[4:]
 

@@ -272,7 +272,7 @@ def test_profiled_steps_are_the_trainers(tmp_path: Path) -> None:
         train = TrainingStep(config, training, alone, **({"phase": record_function} if watched else {}))
 
         def step(train: TrainingStep = train, mine: list[float] = mine) -> None:
-            mine.append(train([{"image": x}], len(mine)).loss.item())
+            mine.append(train([{"image": x}], len(mine)).loss)
 
         if watched:
             profile_steps(step, tmp_path / "profile", training.model, warmup=1, steps=2)

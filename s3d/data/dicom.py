@@ -138,6 +138,11 @@ def _uneven(reader: Any, slices: int) -> str | None:
         normals.append(np.cross(orientation[:3], orientation[3:]))
     if np.abs(np.array(normals) - normals[0]).max() > 1e-3:
         return "has slices in different directions (a localizer?)"
+    offsets = np.array(places) - places[0]
+    along = offsets @ normals[0]
+    aside = np.linalg.norm(offsets - along[:, None] * normals[0], axis=1).max()
+    if aside > 0.5 * np.ptp(along) / (slices - 1):
+        return f"has slices that are shifted against each other by up to {aside:.3g} mm (a tilted gantry?)"
     # Sorted here as well: SimpleITK takes another order where the places leave it no choice.
     steps = np.diff(np.sort([float(place @ normals[0]) for place in places]))
     usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0

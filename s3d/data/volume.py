@@ -55,8 +55,8 @@ def load_volume(image: str | os.PathLike[str], spacing_mm: float | Sequence[floa
     - Resampling is linear along each axis, voxel edges (not centres) aligned. Where an axis gets coarser the
       triangle filter is widened with the step, which prevents aliasing. Oblique volumes stay oblique: only the order
       and direction of the axes change. An axis has a whole number of voxels, so its spacing may come out slightly
-      different from what was asked for; `Volume.spacing_mm` and `Volume.affine` say what it is. Masks take the
-      nearest voxel.
+      different from what was asked for; `Volume.spacing_mm` and `Volume.affine` say what it is. The anatomy mask
+      takes the nearest voxel; anonymised is what any anonymised voxel is interpolated into.
     - Mean and standard deviation are taken over the whole crop, background included, and background is normalised
       like everything else: nnU-Net's `ZScoreNormalization` with its default `use_mask_for_norm=False`. A foreground
       mask would be a guess for images that are not skull-stripped, and downstream fine-tuning, which has no masks,
@@ -86,7 +86,12 @@ def load_volume(image: str | os.PathLike[str], spacing_mm: float | Sequence[floa
         box = _bounding_box(source.anatomy_mask or path, anatomy, "every voxel of the anatomy mask is zero")
     intensities = raw.intensities[box]
     affine = raw.affine @ _shift_and_scale([side.start for side in box], (1.0, 1.0, 1.0))
+    if anonymised is not None:
+        anonymised = anonymised[box]
     if wanted_mm is not None:
+        if anonymised is not None:
+            # By the filter of the image: a voxel is anonymised if any that it is made from is.
+            anonymised = _resample(anonymised.astype(np.float32), affine, wanted_mm)[0] > 1e-4
         intensities, affine = _resample(intensities, affine, wanted_mm)
     if min(intensities.shape) < MIN_SIDE:
         given = f"{by(intensities.shape)} voxels are left after cropping and resampling"
@@ -95,8 +100,6 @@ def load_volume(image: str | os.PathLike[str], spacing_mm: float | Sequence[floa
     # Rounding leaves a tiny spread in a constant volume, relative to its level.
     if not std > 1e-6 * abs(mean):
         raise BadImageError(path, f"constant: every voxel of the cropped part is {mean:g}")
-    if anonymised is not None:
-        anonymised = _nearest(anonymised[box], intensities.shape)
     depth, height, width = raw.intensities.shape
     return Volume(
         voxels=((intensities - mean) / std).astype(np.float32),

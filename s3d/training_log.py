@@ -36,7 +36,8 @@ class CsvLog:
         if start_step > 0 and path.exists():
             with open(path, newline="", encoding="utf-8") as file:
                 # A power cut may leave half a row, or zeros.
-                whole = [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row.values()]
+                lines = csv.DictReader(line for line in file if "\0" not in line)
+                whole = [row for row in lines if row["step"].isdigit() and None not in row.values()]
             kept = [row for row in whole if int(row["step"]) <= start_step]
         partial = path.with_name(path.name + ".partial")
         with open(partial, "w", newline="", encoding="utf-8") as file:

@@ -25,6 +25,7 @@ def write_series(
     patient: str = "P7",
     suffix: str = "",
     places: list[float] | None = None,  # of the slices in mm
+    shift: float = 0.0,  # of each slice against the one before it, in mm along its columns
 ) -> None:
     """One file a slice, 2.5 mm thick, pixels of 1.5 x 1.25 mm, names in an order that is not that of the slices."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,9 @@ def write_series(
             "0010|0020": patient,
             "0020|000d": "9.8.7",
             "0020|000e": uid,
-            "0020|0032": "\\".join(map(str, np.array([10.0, 20.0, 30.0]) + DIRECTION[:, 2] * place)),
+            "0020|0032": "\\".join(
+                map(str, np.array([10.0, 20.0, 30.0]) + DIRECTION[:, 2] * place + DIRECTION[:, 1] * shift * number)
+            ),
             "0020|0037": "\\".join(map(str, [*DIRECTION[:, 0], *DIRECTION[:, 1]])),
         }
         for key, value in tags.items():
@@ -136,6 +139,13 @@ def test_series_that_are_no_volume_are_named(
     with pytest.raises(BadImageError, match=rf"DICOM series 1\.2\.3 has {message}") as caught:
         load_volume(source)
     assert caught.value.path == tmp_path
+
+
+def test_slices_of_a_tilted_gantry_are_named(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+    write_series(tmp_path, voxels, shift=0.5)
+    (source,) = find_images([tmp_path])
+    with pytest.raises(BadImageError, match=r"shifted against each other by up to 5\.5 mm \(a tilted gantry\?\)"):
+        load_volume(source)
 
 
 def test_truncated_slice_is_named(tmp_path: Path, voxels: NDArray[np.int16]) -> None:

@@ -62,13 +62,6 @@ def save_atomically(path: Path, content: dict[str, Any], previous: Path | None =
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A small file in UTF-8, as it was before or complete."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _keep(path: Path, previous: Path) -> None:
     """A second name for a file, so that there is no moment without it under the first."""
     link = previous.with_name(previous.name + ".partial")
@@ -80,7 +73,7 @@ def _keep(path: Path, previous: Path) -> None:
     os.replace(link, previous)
 
 
-def find_checkpoint(folder: Path) -> dict[str, Any] | None:
+def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a folder that can be read, or None if there is none at all.
 
     One that cannot be read is named in a warning.
@@ -99,22 +92,19 @@ def find_checkpoint(folder: Path) -> dict[str, Any] | None:
                 continue
             if damaged is not None:
                 log.warning("%s; going on from %s, step %d", damaged, path, found["step"])
-            return found
+            return path, found
     if damaged is not None:
         raise damaged
     return None
 
 
-def put_damaged_aside(path: Path) -> None:
-    """Rename a checkpoint that cannot be read, so that the next one does not take the place of the good one before it.
+def put_damaged_aside(folder: Path) -> None:
+    """Rename the newest checkpoint, which cannot be read, so that the good one before it keeps its place.
 
     Call it in one process, when all have found theirs.
     """
-    if path.exists() and path.with_name(PREVIOUS).exists():
-        try:
-            load_checkpoint(path)
-        except DamagedCheckpointError:
-            os.replace(path, path.with_name("checkpoint_damaged.pt"))
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder / NEWEST, folder / "checkpoint_damaged.pt")
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:

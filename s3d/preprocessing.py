@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .checkpoint import write_text
 from .data import PreprocessSummary, VolumeStore, find_images, loader_speed, preprocess
+from .data.store import write_atomically
 from .store_report import store_report
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
         for augmented in (False, True)
     ]
     report = config.output_dir / REPORT
-    write_text(report, store_report(VolumeStore(config.output_dir), summary, config.spacing, workers, seconds, speeds))
+    page = store_report(VolumeStore(config.output_dir), summary, config.spacing, workers, seconds, speeds)
+    write_atomically(report, page.encode())
     print(summary)
     print(f"report: {report}")
     return summary

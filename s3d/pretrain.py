@@ -21,7 +21,8 @@ import torch
 
 from s3d_kernels import use_backend
 
-from .checkpoint import NEWEST, find_checkpoint, load_checkpoint, put_damaged_aside, save_checkpoint, write_text
+from .checkpoint import NEWEST, PREVIOUS, find_checkpoint, load_checkpoint, put_damaged_aside, save_checkpoint
+from .data.store import write_atomically
 from .distributed import Processes, processes
 from .memory_model import fewest_parts, free_memory, step_memory
 from .model import S3D, build_unet
@@ -113,15 +114,15 @@ def _parts(config: PretrainConfig, group: Processes) -> int:
 
 def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult:
     output, state = config.output_dir, RunState()
-    saved = _find_saved(config)
+    path, saved = _find_saved(config)
     if saved is not None:
         if "optimizer" not in saved:
             raise ValueError(f"the checkpoint in output_dir {output} holds weights only and cannot be resumed")
         config.check_same_run(saved["config"], output)
         state = RunState(**{field.name: saved[field.name] for field in dataclasses.fields(RunState)})
     _check_same_everywhere(group, state.step, f"checkpoints in output_dir {output}")
-    if group.first:
-        put_damaged_aside(output / NEWEST)
+    if group.first and path == output / PREVIOUS:
+        put_damaged_aside(output)
     if state.step >= config.steps:
         log.info("%s is complete at step %d", output, state.step)
         if group.first:
@@ -151,7 +152,7 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
         training_log = None
         if group.first:
             output.mkdir(parents=True, exist_ok=True)
-            write_text(output / "config.json", json.dumps(config.plain(), indent=2) + "\n")
+            write_atomically(output / "config.json", (json.dumps(config.plain(), indent=2) + "\n").encode())
             training_log = TrainingLog(output, state.step)
             stack.enter_context(contextlib.closing(training_log))
         skipped = SkippedSteps(config, group, training_log)
@@ -219,11 +220,11 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
     return _result(config, state, step_seconds)
 
 
-def _find_saved(config: PretrainConfig) -> dict[str, Any] | None:
+def _find_saved(config: PretrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint to go on from, as ``config.resume`` wants it; on the CPU, from where it is copied."""
     found = find_checkpoint(config.output_dir)
     if found is None:
-        return None if config.resume in ("auto", "never") else load_checkpoint(config.resume)
+        return (None, None) if config.resume in ("auto", "never") else (None, load_checkpoint(config.resume))
     if config.resume == "never":
         raise ValueError(f"output_dir {config.output_dir} holds a run and resume is 'never'; give another output_dir")
     return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .checkpoint import write_text
+from .data.store import write_atomically
 from .html_page import html_code, html_figure, html_heading, html_page, html_picture, html_table
 from .pretrain_config import PretrainConfig
 from .report import loss_figure, save_figure
@@ -39,7 +39,7 @@ def write_run_report(config: PretrainConfig, baseline: float) -> None:
     if pictures:
         parts += [html_heading("Reconstruction"), html_picture(pictures[-1], pictures[-1].stem)]
     parts += [html_heading("Settings"), html_code(json.dumps(config.plain(), indent=2))]
-    write_text(folder / REPORT, html_page(f"Pre-training: {folder.name}", parts))
+    write_atomically(folder / REPORT, html_page(f"Pre-training: {folder.name}", parts).encode())
 
 
 def _summary(config: PretrainConfig, rows: list[dict[str, float]], baseline: float) -> list[tuple[str, str]]:

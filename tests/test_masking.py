@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s3d.loss import masked_mse, visible_mean_mse
+from s3d.loss import masked_mse, masked_voxels, visible_mean_mse
 from s3d.masking import MaskSampler
 from s3d_kernels import BlockMask
 
@@ -53,3 +53,18 @@ def test_nothing_masked_is_no_loss() -> None:
     mask = BlockMask.random(1, 2, 4, 0.0)
     target = torch.randn(1, 1, 8, 8, 8)
     assert masked_mse(target + 1, target, mask) == 0
+
+
+def test_loss_leaves_out_what_is_not_valid() -> None:
+    """Recomputed by hand; what the target holds there, NaN included, changes nothing. A count divides instead."""
+    generator = torch.Generator().manual_seed(0)
+    target, guess = torch.randn(2, 2, 1, 8, 8, 8, generator=generator).unbind(0)
+    mask = BlockMask.random(2, 2, 4, 0.5, generator)
+    valid = torch.rand(2, 1, 8, 8, 8, generator=generator) < 0.7
+    taken = ~mask.to_dense() & valid
+    squares = (guess - target)[taken].square()
+    spoiled = torch.where(valid, target, float("nan"))
+    torch.testing.assert_close(masked_mse(guess, spoiled, mask, valid), squares.mean())
+    torch.testing.assert_close(masked_mse(guess, spoiled, mask, valid, count=100.0), squares.sum() / 100)
+    assert masked_voxels(mask, valid) == taken.sum()
+    assert masked_voxels(mask) == (~mask.to_dense()).sum()

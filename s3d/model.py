@@ -52,8 +52,25 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> ResidualEncoderUNet:
-    """The ResEnc U-Net of a preset, initialised as nnU-Net does (He normal, last norm of a residual branch zero).
+@dataclass(frozen=True)
+class NetworkShape:
+    """Shape of a ResEnc U-Net whose axes may differ.
+
+    Attributes:
+        features: channels of each stage, from full resolution down.
+        blocks: residual blocks of each encoder stage.
+        strides: of each stage, (depth, height, width).
+        kernel_sizes: of all convolutions of each stage, (depth, height, width).
+    """
+
+    features: tuple[int, ...]
+    blocks: tuple[int, ...]
+    strides: tuple[tuple[int, int, int], ...]
+    kernel_sizes: tuple[tuple[int, int, int], ...]
+
+
+def preset_shape(preset: str) -> NetworkShape:
+    """The shape of a preset.
 
     Raises:
         ValueError: no such preset.
@@ -61,14 +78,42 @@ def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> Resi
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
     size = PRESETS[preset]
+    return NetworkShape(
+        features=size.features,
+        blocks=size.blocks,
+        strides=tuple((stride, stride, stride) for stride in size.strides),
+        kernel_sizes=((size.kernel_size,) * 3,) * len(size.features),
+    )
+
+
+def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> ResidualEncoderUNet:
+    """The ResEnc U-Net of a preset, see :func:`build_network`.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    return build_network(preset_shape(preset), in_channels, out_channels)
+
+
+def build_network(
+    shape: NetworkShape, in_channels: int, out_channels: int, *, deep_supervision: bool = False
+) -> ResidualEncoderUNet:
+    """A ResEnc U-Net, initialised as nnU-Net does (He normal, last norm of a residual branch zero).
+
+    Args:
+        shape: of the network.
+        in_channels: of its input.
+        out_channels: of its output.
+        deep_supervision: whether it returns the outputs of all decoder stages, the finest first.
+    """
     unet = ResidualEncoderUNet(
         input_channels=in_channels,
-        n_stages=len(size.features),
-        features_per_stage=list(size.features),
+        n_stages=len(shape.features),
+        features_per_stage=list(shape.features),
         conv_op=nn.Conv3d,
-        kernel_sizes=size.kernel_size,
-        strides=list(size.strides),
-        n_blocks_per_stage=list(size.blocks),
+        kernel_sizes=[list(kernel) for kernel in shape.kernel_sizes],
+        strides=[list(stride) for stride in shape.strides],
+        n_blocks_per_stage=list(shape.blocks),
         num_classes=out_channels,
         n_conv_per_stage_decoder=1,
         conv_bias=True,
@@ -76,7 +121,7 @@ def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> Resi
         norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=nn.LeakyReLU,
         nonlin_kwargs={"negative_slope": 0.01, "inplace": True},
-        deep_supervision=False,
+        deep_supervision=deep_supervision,
     )
     unet.apply(ResidualEncoderUNet.initialize)
     return unet

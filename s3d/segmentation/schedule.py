@@ -143,7 +143,7 @@ def make_schedule(
         warmup_steps = max(1, round(WARMUP_SHARE * steps))
     elif warmup_steps < 1:
         raise ValueError(
-            f"warmup_steps must be at least 1, got {warmup_steps}; for none take a schedule without: {_without_warmup()}"
+            f"warmup_steps must be at least 1, got {warmup_steps}; schedules without a warm-up: {_without_warmup()}"
         )
     elif warmups == 0:
         raise ValueError(f"warmup_steps {warmup_steps}: schedule {name} has no warm-up; leave the option out")

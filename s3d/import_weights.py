@@ -114,7 +114,11 @@ def convert(raw: Any, name: str) -> Imported:
     has_method = bool(method)
     sparse = has_method or "spark_weights" in raw or any(row.reason == DEAD_COPY for row in rows)
     config = {"preset": preset, "sparse": sparse, "mask_tokens": has_method, "densify": has_method, **_training(raw)}
-    origin = {"file": name, "trainer_name": str(raw.get("trainer_name", "unknown"))}
+    origin = {
+        "file": name,
+        "trainer_name": str(raw.get("trainer_name", "unknown")),
+        "initialised": [row.target for row in rows if row.action == "initialised"],
+    }
     content = {"step": 0, "config": config, "network": dict(unet.state_dict()), "method": method, "imported": origin}
     return Imported(content, rows)
 
@@ -171,7 +175,7 @@ def _is_of_method(target: str) -> bool:
     return target.startswith(("mask_tokens.", "densify.", "densify_norms."))
 
 
-def _aliases(network: nn.Module) -> list[list[str]]:
+def aliases(network: nn.Module) -> list[list[str]]:
     """Names of each parameter; the first is that of the module that computes."""
     names = defaultdict(list)
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -192,7 +196,7 @@ def _find_preset(sources: list[_Source], name: str) -> str:
         with torch.device("meta"):
             unet = build_unet(preset)
         expected = dict(unet.named_parameters(remove_duplicate=False))
-        groups = [group for group in _aliases(unet) if group[0].startswith("encoder.")]
+        groups = [group for group in aliases(unet) if group[0].startswith("encoder.")]
         complete = all(any(member in shapes for member in group) for group in groups)
         if complete and all(target in expected and shapes[target] == expected[target].shape for target in present):
             return preset
@@ -220,7 +224,7 @@ def _fill_unet(preset: str, sources: list[_Source]) -> tuple[nn.Module, list[Key
                 rows.append(KeyRow(source.key, "dropped", "", shapes))
         elif not _is_of_method(source.target):
             rows.append(KeyRow(source.key, "dropped", "", "not in a ResEnc U-Net with one decoder block a stage"))
-    for group in _aliases(unet):
+    for group in aliases(unet):
         parameter = parameters[group[0]]
         found = candidates[id(parameter)]
         if not found:

@@ -59,7 +59,7 @@ def processes(device: str) -> Iterator[Processes]:
     GPUs talk through NCCL, CPUs through gloo.
 
     Args:
-        device: as in ``PretrainConfig``.
+        device: as in ``RunSettings``.
     Raises:
         ValueError: no such device here.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,12 @@ import torch
 
 from s3d_kernels import computes_natively, use_backend
 
+from .distributed import Processes
 from .model import PRESETS, S3D, build_unet
 from .pretrain_config import PretrainConfig
+from .run_settings import RunSettings
+
+log = logging.getLogger(__name__)
 
 # Values that a step holds at its peak for each feature of the network, a feature being one channel of one voxel of one
 # stage: in the dense part (decoder, densification and their gradients) by our kernels and by others, and, where a voxel
@@ -79,3 +84,32 @@ def fewest_parts(memory: StepMemory, patches: int, free: int) -> int:
         if patches % parts == 0 and memory.total(patches // parts) <= SHARE * free
     ]
     return fitting[0] if fitting else patches
+
+
+def choose_parts(config: RunSettings, group: Processes, memory: StepMemory) -> int:
+    """Into how many parts each process cuts its patches of a step; says how much memory that is expected to take.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly.
+    """
+    if config.batch_size % (group.world * (config.accumulate or 1)):
+        raise ValueError(
+            f"batch_size must be a multiple of processes ({group.world}) times accumulate "
+            f"({config.accumulate or 1}), got {config.batch_size}"
+        )
+    patches = config.batch_size // group.world
+    free = min(group.gather(free_memory(group.device)))  # all must do the same
+    parts = config.accumulate or fewest_parts(memory, patches, free)
+    expected = memory.total(patches // parts)
+    if group.first:
+        log.log(
+            logging.WARNING if expected > free else logging.INFO,
+            "expected memory: %.2f GiB for weights, gradients and optimiser, %.2f GiB for %d patch(es) at once "
+            "(accumulate %d); %.1f GiB are there",
+            memory.weights / 2**30,
+            memory.patch * (patches // parts) / 2**30,
+            patches // parts,
+            parts,
+            free / 2**30,
+        )
+    return parts

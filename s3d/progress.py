@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .distributed import Processes
-from .pretrain_config import PretrainConfig
+from .run_settings import RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,13 @@ class Progress:
         config: of the run.
         group: its processes; the first shows the bar.
         start_step: steps already done.
+        name: of what is done.
     """
 
-    def __init__(self, config: PretrainConfig, group: Processes, start_step: int) -> None:
+    def __init__(self, config: RunSettings, group: Processes, start_step: int, name: str) -> None:
         self.config = config
         self.group = group
-        self._bar = tqdm(
-            total=config.steps, initial=start_step, unit="step", desc="pre-training", disable=not group.first
-        )
+        self._bar = tqdm(total=config.steps, initial=start_step, unit="step", desc=name, disable=not group.first)
         self._begin = self._ready = 0.0
         self._steps: list[tuple[float, float]] = []  # seconds waited and seconds in all, since the last figures
         self._watched: list[tuple[float, float]] = []

@@ -43,7 +43,6 @@ def write_run_report(config: PretrainConfig, baseline: float) -> None:
 
 
 def _summary(config: PretrainConfig, rows: list[dict[str, float]], baseline: float) -> list[tuple[str, str]]:
-    training = [row for row in rows if "loss" in row]
     validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
     summary = [("steps", f"{max((row['step'] for row in rows), default=0)} of {config.steps}")]
     if validation:
@@ -51,16 +50,22 @@ def _summary(config: PretrainConfig, rows: list[dict[str, float]], baseline: flo
             ("validation loss", f"{validation[0]:.4f} -> {validation[-1]:.4f}"),
             ("of predicting the visible mean", f"{validation[-1] / baseline:.3f} (that is {baseline:.4f})"),
         ]
-    if training:
-        speed = float(np.median([row["samples_per_second"] for row in training]))
-        waited = float(np.mean([row["data_share"] for row in training if "data_share" in row] or [0.0]))
-        memory = max(row.get("memory_mib", 0.0) for row in training)
-        summary += [
-            ("samples per second, median", f"{speed:.2f}"),
-            ("waiting for patches", f"{waited:.0%} of the time"),
-            ("memory, highest", f"{memory / 1024:.2f} GiB"),
-        ]
-    return summary
+    return summary + training_summary(rows)
+
+
+def training_summary(rows: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """Speed, waiting and memory of a run, from the rows of its log."""
+    training = [row for row in rows if "loss" in row]
+    if not training:
+        return []
+    speed = float(np.median([row["samples_per_second"] for row in training]))
+    waited = float(np.mean([row["data_share"] for row in training if "data_share" in row] or [0.0]))
+    memory = max(row.get("memory_mib", 0.0) for row in training)
+    return [
+        ("samples per second, median", f"{speed:.2f}"),
+        ("waiting for patches", f"{waited:.0%} of the time"),
+        ("memory, highest", f"{memory / 1024:.2f} GiB"),
+    ]
 
 
 def curves_figure(rows: list[dict[str, float]]) -> Figure:

@@ -10,10 +10,8 @@ from pathlib import Path
 COLUMNS = (
     "step",
     "loss",
-    "validation_loss",
     "learning_rate",
     "gradient_norm",
-    "mask_ratio",
     "samples_per_second",
     "data_share",  # of the time since the last row that the step waited for patches
     "memory_mib",  # highest so far: of the process, or of torch's allocator on a GPU
@@ -63,14 +61,15 @@ class TrainingLog:
     Args:
         folder: of the run.
         start_step: steps already done.
+        columns: beside ``COLUMNS``, those of what is trained.
     """
 
-    def __init__(self, folder: Path, start_step: int) -> None:
+    def __init__(self, folder: Path, start_step: int, columns: Sequence[str]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         self.path = folder / "log.csv"
         resumed = start_step > 0 and self.path.exists()
-        self._rows = CsvLog(self.path, COLUMNS, start_step)
+        self._rows = CsvLog(self.path, (*COLUMNS, *columns), start_step)
         self._skipped = CsvLog(folder / "skipped_steps.csv", SKIPPED_COLUMNS, start_step)
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if resumed else 0)
 

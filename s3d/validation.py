@@ -14,10 +14,11 @@ from .distributed import Processes
 from .loss import masked_mse, visible_mean_mse
 from .masking import MaskSampler
 from .model import S3D
+from .optimizer_step import autocast
 from .pretrain_config import PretrainConfig
 from .report import reconstruction_figure, save_figure
 from .training_log import TrainingLog
-from .training_step import VALIDATION_MASKS, autocast
+from .training_step import VALIDATION_MASKS
 
 MAX_VALIDATION_CASES = 64
 # In TensorBoard; the first also as a file.

@@ -21,12 +21,14 @@ import torch
 from small_runs import configure, losses, stopped_at
 
 import s3d.pretrain as pretrain_module
+import s3d.training_loop as training_loop_module
 import s3d.training_step as training_step_module
 from s3d.checkpoint import load_checkpoint, save_checkpoint
 from s3d.cli import COMMANDS, main
 from s3d.data import find_images, preprocess
 from s3d.masking import MaskSampler
-from s3d.model import build_unet
+from s3d.model import S3D, build_unet
+from s3d.optimizer_step import Training
 from s3d.pretrain import PretrainResult, load_model, pretrain
 from s3d.pretrain_config import MACHINES, PretrainConfig, machine_config
 from s3d.training_log import COLUMNS, CsvLog, read_log
@@ -124,14 +126,14 @@ def test_a_killed_process_resumes_from_its_last_checkpoint(images: Path, tmp_pat
         if step == stop_after and "loss" in values:
             raise Enough
 
-    original = pretrain_module.TrainingLog.write
+    original = training_loop_module.TrainingLog.write
 
-    def write(self: pretrain_module.TrainingLog, step: int, **values: float) -> None:
+    def write(self: training_loop_module.TrainingLog, step: int, **values: float) -> None:
         original(self, step, **values)
         stop(step, **values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_module.TrainingLog, "write", write)
+        patch.setattr(training_loop_module.TrainingLog, "write", write)
         with pytest.raises(Enough):
             pretrain(config)
     rows = [row["step"] for row in read_log(output / "log.csv") if "loss" in row]
@@ -191,20 +193,20 @@ def test_a_step_that_is_not_finite_is_skipped(images: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(training_step_module, "masked_mse", loss)
     saved = []
-    check = pretrain_module.SkippedSteps.check
+    check = training_loop_module.SkippedSteps.check
 
-    def watch(self: pretrain_module.SkippedSteps, *arguments: object) -> None:
+    def watch(self: training_loop_module.SkippedSteps, *arguments: object) -> None:
         saved.append({name: value.clone() for name, value in training[0].model.state_dict().items()})
         check(self, *arguments)  # type: ignore[arg-type]
 
-    training: list[training_step_module.Training] = []
+    training: list[Training[S3D]] = []
     build = pretrain_module.build_training
 
-    def built(*arguments: object) -> training_step_module.Training:
+    def built(*arguments: object) -> Training[S3D]:
         training.append(build(*arguments))  # type: ignore[arg-type]
         return training[0]
 
-    monkeypatch.setattr(pretrain_module.SkippedSteps, "check", watch)
+    monkeypatch.setattr(training_loop_module.SkippedSteps, "check", watch)
     monkeypatch.setattr(pretrain_module, "build_training", built)
     result = pretrain(configure(images, tmp_path / "run", max_skipped=1))
     assert result.steps == 6
@@ -527,7 +529,7 @@ def test_half_a_row_of_the_log_is_dropped(
     for torn in ("1", "\0\0\0"):
         with open(config.output_dir / "log.csv", "a") as file:
             file.write(torn)
-        CsvLog(config.output_dir / "log.csv", COLUMNS, 4).close()
+        CsvLog(config.output_dir / "log.csv", (*COLUMNS, "validation_loss", "mask_ratio"), 4).close()
     assert pretrain(config).steps == 6
     assert losses(config.output_dir) == losses(finished[0].output_dir)
 

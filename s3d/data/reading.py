@@ -97,17 +97,23 @@ def read_mask(path: Path, image: RawImage) -> NDArray[np.bool_]:
         BadImageError: as `read_image` does, or the mask is on another grid than the image.
     """
     mask = read_image(ImageSource(path))
-    if mask.intensities.shape != image.intensities.shape:
-        raise BadImageError(
-            path, f"is a mask of {by(mask.intensities.shape)} voxels for an image of {by(image.intensities.shape)}"
-        )
-    # The two may be rounded differently, but not be apart by half a voxel anywhere.
-    corners = np.array(np.meshgrid(*[(0, side - 1) for side in reversed(mask.intensities.shape)])).reshape(3, -1)
-    apart = (mask.affine - image.affine) @ np.vstack([corners, np.ones(8)])
-    farthest = float(np.abs(apart).max())
-    if farthest > min(spacing_of(image.affine)) / 2:
-        raise BadImageError(path, f"is a mask that lies {farthest:.3g} mm beside its image; both must share one grid")
+    difference = grid_difference(mask, image)
+    if difference is not None:
+        raise BadImageError(path, f"is a mask on another grid than its image: {difference}; both must share one grid")
     return mask.intensities != 0
+
+
+def grid_difference(image: RawImage, other: RawImage) -> str | None:
+    """How the grid of an image differs from another's, in words; None where they are the same.
+
+    Two files may be rounded differently, but their voxels not be apart by half a voxel anywhere.
+    """
+    if image.intensities.shape != other.intensities.shape:
+        return f"{by(image.intensities.shape)} voxels, not {by(other.intensities.shape)}"
+    corners = np.array(np.meshgrid(*[(0, side - 1) for side in reversed(image.intensities.shape)])).reshape(3, -1)
+    apart = (image.affine - other.affine) @ np.vstack([corners, np.ones(8)])
+    farthest = float(np.abs(apart).max())
+    return f"{farthest:.3g} mm apart" if farthest > min(spacing_of(other.affine)) / 2 else None
 
 
 def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:

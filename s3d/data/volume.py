@@ -81,9 +81,9 @@ def load_volume(image: str | os.PathLike[str], spacing_mm: float | Sequence[floa
         None if mask is None else read_mask(mask, raw) for mask in (source.anatomy_mask, source.anonymisation_mask)
     )
     if anatomy is None:
-        box = _bounding_box(path, raw.intensities != 0, "every voxel is zero")
+        box = bounding_box(path, raw.intensities != 0, "every voxel is zero")
     else:
-        box = _bounding_box(source.anatomy_mask or path, anatomy, "every voxel of the anatomy mask is zero")
+        box = bounding_box(source.anatomy_mask or path, anatomy, "every voxel of the anatomy mask is zero")
     intensities = raw.intensities[box]
     affine = raw.affine @ _shift_and_scale([side.start for side in box], (1.0, 1.0, 1.0))
     if anonymised is not None:
@@ -91,15 +91,12 @@ def load_volume(image: str | os.PathLike[str], spacing_mm: float | Sequence[floa
     if wanted_mm is not None:
         if anonymised is not None:
             # By the filter of the image: a voxel is anonymised if any that it is made from is.
-            anonymised = _resample(anonymised.astype(np.float32), affine, wanted_mm)[0] > 1e-4
-        intensities, affine = _resample(intensities, affine, wanted_mm)
+            anonymised = resample(anonymised.astype(np.float32), affine, wanted_mm)[0] > 1e-4
+        intensities, affine = resample(intensities, affine, wanted_mm)
     if min(intensities.shape) < MIN_SIDE:
         given = f"{by(intensities.shape)} voxels are left after cropping and resampling"
         raise BadImageError(path, f"too small: {given}; every side needs at least {MIN_SIDE}")
-    mean, std = float(intensities.mean(dtype=np.float64)), float(intensities.std(dtype=np.float64))
-    # Rounding leaves a tiny spread in a constant volume, relative to its level.
-    if not std > 1e-6 * abs(mean):
-        raise BadImageError(path, f"constant: every voxel of the cropped part is {mean:g}")
+    mean, std = mean_and_std(path, intensities)
     depth, height, width = raw.intensities.shape
     return Volume(
         voxels=((intensities - mean) / std).astype(np.float32),
@@ -127,7 +124,16 @@ def check_spacing(spacing_mm: float | Sequence[float] | None) -> tuple[float, fl
     return depth, height, width
 
 
-def _bounding_box(path: Path, occupied: NDArray[np.bool_], otherwise: str) -> Box:
+def mean_and_std(path: Path, intensities: NDArray[np.float32]) -> tuple[float, float]:
+    """Of the cropped volume, in float64; BadImageError of `path` if it is constant."""
+    mean, std = float(intensities.mean(dtype=np.float64)), float(intensities.std(dtype=np.float64))
+    # Rounding leaves a tiny spread in a constant volume, relative to its level.
+    if not std > 1e-6 * abs(mean):
+        raise BadImageError(path, f"constant: every voxel of the cropped part is {mean:g}")
+    return mean, std
+
+
+def bounding_box(path: Path, occupied: NDArray[np.bool_], otherwise: str) -> Box:
     """The smallest box that holds every occupied voxel; BadImageError of `path` if there is none."""
     box = []
     for axis in range(3):
@@ -140,11 +146,12 @@ def _bounding_box(path: Path, occupied: NDArray[np.bool_], otherwise: str) -> Bo
     return depth, height, width
 
 
-def _resample(
+def resample(
     intensities: NDArray[np.float32],  # [D, H, W]
     affine: NDArray[np.float64],
     wanted_mm: tuple[float, float, float],
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The volume on voxels of (about) another size and their affine, see `load_volume`; itself if the grid stays."""
     spacing = spacing_of(affine)
     old = intensities.shape
     depth, height, width = (max(1, round(side * have / want)) for side, have, want in zip(old, spacing, wanted_mm))
@@ -165,7 +172,7 @@ def _resample(
 
 
 def _nearest(mask: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:
-    """The mask on the grid that `_resample` makes: each new voxel has the value of the old one at its centre."""
+    """The mask on the grid that `resample` makes: each new voxel has the value of the old one at its centre."""
     places = [((np.arange(new) + 0.5) * (old / new)).astype(int) for old, new in zip(mask.shape, shape)]
     return mask[np.ix_(*places)]
 

@@ -92,8 +92,8 @@ def test_mask_outside_the_crop_is_none(masked: ImageSource, write_nifti: WriteNi
 @pytest.mark.parametrize(
     ("shape", "shift_mm", "value", "message"),
     [
-        ((40, 36, 30), 0.0, 1, "is a mask of 30 x 36 x 40 voxels for an image of 32 x 36 x 40"),
-        ((40, 36, 32), 1.1, 1, r"lies 1\.1 mm beside its image"),
+        ((40, 36, 30), 0.0, 1, "another grid than its image: 30 x 36 x 40 voxels, not 32 x 36 x 40"),
+        ((40, 36, 32), 1.1, 1, r"another grid than its image: 1\.1 mm apart"),
         ((40, 36, 32), 0.0, 0, "empty: every voxel of the anatomy mask is zero"),
     ],
 )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 from torch.utils.data import Dataset
 
+from s3d.data.augment import SpatialTransform
 from s3d.data.patches import SAMPLE_STREAM, centred, check_patch_size, overlap, padded, place_in_epoch
 from s3d.segmentation.case_store import CaseStore
+
+if TYPE_CHECKING:
+    from s3d.segmentation.augmentation import Augmentation
 
 
 class LabelledSample(TypedDict):
@@ -69,7 +74,11 @@ class SegmentationPatches(Dataset[LabelledSample]):
             raise ValueError(f"foreground_share must be within [0, 1], got {foreground_share}")
         self.seed = seed
         self.length = length
-        self.augmentation = augmentation
+        self.augmentation: Augmentation | None = None
+        if augmentation:
+            from s3d.segmentation.augmentation import Augmentation  # takes seconds to import
+
+            self.augmentation = Augmentation(self.patch_size)
         self.foreground_share = foreground_share
 
     def __len__(self) -> int:
@@ -81,7 +90,11 @@ class SegmentationPatches(Dataset[LabelledSample]):
         case = self.cases[place_in_epoch(self.seed, i, len(self.cases))]
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, SAMPLE_STREAM, i]))
         start = self._place(case, rng)
-        image, label = self._crop(case, start)
+        if self.augmentation is None:
+            image, label = self._show(case, start, SpatialTransform())
+        else:
+            image, label = self._show(case, start, self.augmentation.spatial.draw(rng))
+            image = self.augmentation.change_intensities(image, rng)
         return {"image": image, "label": label[None], "case": self.store.cases[case].name}
 
     def _place(self, case: int, rng: np.random.Generator) -> list[int]:
@@ -102,17 +115,31 @@ class SegmentationPatches(Dataset[LabelledSample]):
             for side, length, first in zip(shape, self.patch_size, middle)
         ]
 
-    def _crop(self, case: int, start: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Image [C, D, H, W] and label [D, H, W] of the patch whose first voxel is `start`."""
+    def _show(self, case: int, start: Sequence[int], transform: SpatialTransform) -> tuple[Tensor, Tensor]:
+        """Image [C, D, H, W] and label [D, H, W] of the patch whose first voxel is `start` before it is transformed."""
         record = self.store.cases[case]
-        low, shape = overlap(start, self.patch_size, record.shape)
-        place = [begin - first for begin, first in zip(low, start)]
-        channels = torch.from_numpy(self.store.read(case, low, shape))
-        label = torch.from_numpy(self.store.read_labels(case, low, shape))
-        image = torch.stack(
-            [
-                padded(channel, place, self.patch_size, background)
-                for channel, background in zip(channels, record.background)
-            ]
+        centre = [first + (length - 1) / 2 for first, length in zip(start, self.patch_size)]
+        low, shape = (
+            transform.source_region(centre, self.patch_size, record.shape)
+            if transform.interpolates
+            else overlap(start, self.patch_size, record.shape)
         )
-        return image, padded(label, place, self.patch_size, 0)
+        image = torch.from_numpy(self.store.read(case, low, shape))
+        label = torch.from_numpy(self.store.read_labels(case, low, shape))
+        if transform.interpolates:
+            background = torch.tensor(record.background).view(-1, 1, 1, 1)
+            grid = transform.sampling_grid(shape, low, centre, self.patch_size)[None]
+            # Outside the region the sampler sees zeros, so background is moved there and back. A label is that of the
+            # nearest voxel: one class after the other, linearly, costs as many times as much.
+            image = grid_sample((image - background)[None], grid, align_corners=False)[0].add_(background)
+            label = grid_sample(label[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].to(
+                torch.uint8
+            )
+        else:
+            place = [begin - first for begin, first in zip(low, start)]
+            image = torch.stack(
+                [padded(channel, place, self.patch_size, least) for channel, least in zip(image, record.background)]
+            )
+            label = padded(label, place, self.patch_size, 0)
+        mirrored = [axis - 3 for axis, mirror in enumerate(transform.mirror) if mirror]
+        return (image.flip(mirrored), label.flip(mirrored)) if mirrored else (image, label)

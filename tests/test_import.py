@@ -96,7 +96,7 @@ def test_sparse_checkpoint_of_nnssl(tmp_path: Path) -> None:
     content = spark_file(spark)
     saved, rows = imported(content, tmp_path)
     assert saved["config"] == {"preset": "tiny", "sparse": True, "mask_tokens": True, "densify": True}
-    assert saved["imported"] == {"file": "file.pth", "trainer_name": "SparkMAETrainer"}
+    assert saved["imported"] == {"file": "file.pth", "trainer_name": "SparkMAETrainer", "initialised": []}
     assert set(saved["method"]) == set(load_model(tmp_path / "imported" / "checkpoint.pt").state_dict()) - {
         f"unet.{name}" for name in saved["network"]
     }

@@ -157,18 +157,27 @@ def resample(
     depth, height, width = (max(1, round(side * have / want)) for side, have, want in zip(old, spacing, wanted_mm))
     if (depth, height, width) == old:
         return intensities, affine
+    resampled = resample_to(intensities, (depth, height, width))
+    step = [before / after for before, after in zip(old, (depth, height, width))]  # new voxel size in old voxels
+    start = [(size - 1) / 2 for size in step]  # centre of the first new voxel in old voxel coordinates
+    return resampled, affine @ _shift_and_scale(start, step)
+
+
+def resample_to(intensities: NDArray[np.float32], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """The volume [D, H, W] on another number of voxels, see `load_volume`; itself if the number stays."""
+    depth, height, width = shape
+    if intensities.shape == shape:
+        return intensities
     # torch filters two axes at a time against aliasing (there is no three-dimensional form): (H, W), then D.
     slices = torch.from_numpy(np.ascontiguousarray(intensities))[None]  # [1, D, H, W]
     slices = torch.nn.functional.interpolate(
         slices, size=(height, width), mode="bilinear", align_corners=False, antialias=True
     )
-    if depth != old[0]:
+    if depth != len(intensities):
         slices = torch.nn.functional.interpolate(
             slices.transpose(1, 2), size=(depth, width), mode="bilinear", align_corners=False, antialias=True
         ).transpose(1, 2)
-    step = [before / after for before, after in zip(old, (depth, height, width))]  # new voxel size in old voxels
-    start = [(size - 1) / 2 for size in step]  # centre of the first new voxel in old voxel coordinates
-    return slices[0].contiguous().numpy(), affine @ _shift_and_scale(start, step)
+    return slices[0].contiguous().numpy()
 
 
 def _nearest(mask: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:

@@ -99,6 +99,13 @@ def test_logits_are_float32_under_autocast() -> None:
     assert 0 < float((rounded - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 
+def test_half_precision_is_not_rounded_again() -> None:
+    volume = torch.randn(2, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+    expected = pointwise(volume[None].bfloat16())[0].float()
+    logits = predict_logits(lambda windows: pointwise(windows.bfloat16()), volume, (8, 8, 8), mirror=True)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

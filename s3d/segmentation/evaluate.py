@@ -139,7 +139,7 @@ def _tasks(config: EvaluateConfig, runs: Mapping[str, Path], class_names: tuple[
             )
         surplus = len(files.keys() - truths.keys())
         if surplus:
-            log.warning("%s: %d predictions have no label in %s and are left out", runs[run], surplus, config.labels)
+            log.warning("%s: left out %d of its files, which have no label in %s", runs[run], surplus, config.labels)
     return [
         CaseTask(name, truth, tuple(files[name] for files in predictions.values()), class_names, config.tolerance_mm)
         for name, truth in truths.items()

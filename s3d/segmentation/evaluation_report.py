@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_BOXED_CLASSES = 15  # the others are in the tables
+MOST_NAMED = 5  # classes in the title of a picture
 
 
 def evaluation_report(
@@ -86,7 +87,7 @@ def _chosen(
     case_dice: NDArray[np.float64],  # [cases]
 ) -> list[tuple[str, int]]:
     """Which cases are pictured, and why; each once where there are few."""
-    order = np.argsort(-case_dice)  # NaN last
+    order = np.argsort(-case_dice, kind="stable")  # NaN last
     order = order[: np.count_nonzero(~np.isnan(case_dice))]
     places = {"best": order[0], "worst": order[-1], "median": order[len(order) // 2]}
     names: dict[int, str] = {}
@@ -106,12 +107,13 @@ def _picture(
         image = np.zeros_like(grid.intensities)
     else:
         image = read_on_grid(images[task.name], task.truth, grid).intensities
-    each = ", ".join(f"{name} {dice:.3f}" for name, dice in zip(scores.classes, scores.dice[run, case]))
+    each = [f"{name} {dice:.3f}" for name, dice in zip(scores.classes, scores.dice[run, case])]
+    more = ", ..." if len(each) > MOST_NAMED else ""
     return segmentation_figure(
         image,
         class_map(task.truth, grid, task.class_names),
         prediction,
         task.class_names,
-        f"{which}: {task.name}, mean Dice {scores.case_dice[run, case]:.3f} ({each})",
+        f"{which}: {task.name}, mean Dice {scores.case_dice[run, case]:.3f} ({', '.join(each[:MOST_NAMED])}{more})",
         spacing_of(grid.affine),
     )

@@ -73,7 +73,7 @@ def rank(config: RankConfig) -> dict[str, float]:
     note = "- Mean Dice on each data set and, in brackets, the run's rank there; 1 is best, equals share their ranks."
     markdown = f"## {table.title}\n\n{table.markdown()}\n\n{note}\n"
     rows = [
-        (name, run, f"{means[i, j]:.6f}", f"{places[i, j]:g}")
+        (name, run, number(means[i, j]), number(places[i, j]))
         for i, name in enumerate(scores)
         for j, run in enumerate(runs)
     ]

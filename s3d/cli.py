@@ -19,6 +19,8 @@ from .preprocessing import PreprocessConfig, preprocess_images
 from .pretrain import pretrain
 from .pretrain_config import PretrainConfig, machine_config
 from .profiling import ProfileConfig, profile
+from .segmentation.evaluate import EvaluateConfig, evaluate
+from .segmentation.ranking import RankConfig, rank
 
 # Of the processes that torchrun started, one talks.
 FIRST = os.environ.get("RANK", "0") == "0"
@@ -40,6 +42,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "pretrain": (PretrainConfig, _pretrain),
     "export": (ExportConfig, export),
     "import": (ImportConfig, import_weights),
+    "evaluate": (EvaluateConfig, evaluate),
+    "rank": (RankConfig, rank),
     "profile": (ProfileConfig, profile),
     "demo": (DemoConfig, demo),
 }

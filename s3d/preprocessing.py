@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal
 
 from .data import PreprocessSummary, VolumeStore, find_images, loader_speed, preprocess
 from .data.store import write_atomically
+from .data.workers import available_cores
 from .store_report import store_report
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
     Raises: as `s3d.data.find_images` and `s3d.data.preprocess` do.
     """
     images = find_images(config.images)
-    workers = _cores() if config.workers is None else config.workers
+    workers = available_cores() if config.workers is None else config.workers
     log.info("%d images, %d workers", len(images), workers)
     begin = time.perf_counter()
     summary = preprocess(
@@ -71,8 +71,3 @@ def preprocess_images(config: PreprocessConfig) -> PreprocessSummary:
     print(summary)
     print(f"report: {report}")
     return summary
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

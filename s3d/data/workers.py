@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -33,6 +34,11 @@ class _Worker(Generic[Task]):
         self.task = task
         with contextlib.suppress(ConnectionError):  # it is dead: whoever waits for its answer will see that
             self.connection.send(task)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_processes(

@@ -53,7 +53,7 @@ def segmentation_figure(
     box = _surroundings(foreground)
     places = _largest_sections(truth > 0 if (truth > 0).any() else foreground)
     low, high = np.percentile(image, [0.5, 99.5])
-    colours = [f"C{number}" for number in range(10)]  # of matplotlib's cycle
+    colours: dict[int, str] = {}  # of the classes that these sections show
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -62,18 +62,18 @@ def segmentation_figure(
         section = tuple(places[plane] if axis == plane else side for axis, side in enumerate(box))
         axes.imshow(image[section], cmap="gray", vmin=low, vmax=high, origin="lower", aspect=height_mm / width_mm)
         for classes, style in zip((truth[section], prediction[section]), STYLES.values()):
-            for value in np.unique(classes[classes > 0]):
-                colour = colours[(value - 1) % len(colours)]
-                # The edge of the box is background here: a contour is closed there too.
+            for value in np.unique(classes[classes > 0]).tolist():
+                colours[value] = f"C{(value - 1) % 10}"
+                # Background around the box, so that contours are closed at its edge too.
                 inside = np.pad(classes == value, 1)
-                across, up = np.arange(-1, inside.shape[1] - 1), np.arange(-1, inside.shape[0] - 1)
-                axes.contour(across, up, inside, levels=[0.5], colors=[colour], linestyles=style, linewidths=1.4)
+                across, up = (np.arange(side) - 1 for side in reversed(inside.shape))
+                look = {"colors": [colours[value]], "linestyles": style, "linewidths": 1.4}
+                axes.contour(across, up, inside, levels=[0.5], **look)
         axes.set_title(f"{PLANES[plane]}, slice {places[plane]}", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
     lines = [Line2D([], [], color="0.3", linestyle=style, label=name) for name, style in STYLES.items()]
-    for value, name in enumerate(class_names[1:]):
-        lines.append(Line2D([], [], color=colours[value % len(colours)], label=name))
+    lines += [Line2D([], [], color=colours[drawn], label=class_names[drawn]) for drawn in sorted(colours)]
     figure.legend(handles=lines, loc="outside right center", fontsize=8, frameon=False)
     return figure
 

@@ -1,0 +1,127 @@
+"""Statistics of scores against known values, and intervals against data whose mean is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from s3d.segmentation.comparison import (
+    Interval,
+    compare_runs,
+    holm,
+    mean_score,
+    mean_with_interval,
+    ranks,
+    signed_rank_test,
+)
+
+NAN = math.nan
+
+
+def test_means_leave_out_what_is_not_there() -> None:
+    scores = np.array([[0.2, NAN, 0.4], [NAN, NAN, NAN]])
+    np.testing.assert_array_equal(mean_score(scores, axis=1), [0.2 / 2 + 0.4 / 2, NAN])
+    np.testing.assert_array_equal(mean_score(scores, axis=0), [0.2, NAN, 0.4])
+
+
+def test_interval_is_the_bootstrap_of_scipy() -> None:
+    from scipy.stats import bootstrap
+
+    scores = np.random.default_rng(0).beta(8, 2, size=52)
+    found = mean_with_interval(scores, confidence=0.9)
+    expected = bootstrap((scores,), np.mean, method="percentile", confidence_level=0.9, rng=1).confidence_interval
+    assert found.mean == pytest.approx(scores.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.001)
+    assert mean_with_interval(scores, confidence=0.9) == found  # the draws are seeded
+    padded = np.insert(scores, [0, 10, 52], NAN)
+    assert mean_with_interval(padded, confidence=0.9) == found
+
+
+def _covered(
+    draw: Callable[[np.random.Generator], NDArray[np.float64]], confidence: float = 0.95, times: int = 200
+) -> float:
+    """Share of the intervals that hold the true mean, 0."""
+    generator = np.random.default_rng(0)
+    intervals = [
+        mean_with_interval(draw(generator), resamples=1000, confidence=confidence, seed=k) for k in range(times)
+    ]
+    return float(np.mean([interval.low <= 0 <= interval.high for interval in intervals]))
+
+
+def test_intervals_over_cases_hold_the_true_mean_as_often_as_they_say() -> None:
+    def draw(generator: np.random.Generator) -> NDArray[np.float64]:
+        return generator.normal(size=40)
+
+    assert 0.91 <= _covered(draw) <= 0.97
+    assert 0.46 <= _covered(draw, confidence=0.5) <= 0.54
+
+
+def test_intervals_over_cases_and_seeds_hold_the_true_mean() -> None:
+    def draw(generator: np.random.Generator) -> NDArray[np.float64]:
+        of_seed, of_case = generator.normal(size=(8, 1)), generator.normal(size=(1, 40))
+        return of_seed + of_case + generator.normal(size=(8, 40))
+
+    assert 0.86 <= _covered(draw) <= 0.97
+    # As if every score were independent of the others, or the seeds were given.
+    assert _covered(lambda generator: draw(generator).ravel()) < 0.6
+    assert _covered(lambda generator: draw(generator).mean(axis=0)) < 0.8
+
+
+def test_interval_of_seeds_without_all_scores() -> None:
+    scores = np.array([[0.5, NAN, 0.7], [0.6, NAN, NAN]])
+    interval = mean_with_interval(scores)
+    assert interval.mean == pytest.approx(0.6)
+    assert (interval.low, interval.high) == pytest.approx((0.5, 0.7))
+
+
+def test_intervals_that_do_not_exist() -> None:
+    assert str(mean_with_interval(np.array([NAN, NAN]))) == str(Interval(NAN, NAN, NAN))
+    assert str(mean_with_interval(np.array([]))) == str(Interval(NAN, NAN, NAN))
+    assert str(mean_with_interval(np.array([0.5, NAN]))) == str(Interval(0.5, NAN, NAN))
+    assert mean_with_interval(np.full(9, 0.25)) == Interval(0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match=r"must be \[cases\] or \[seeds, cases\], got shape \(1, 2, 3\)"):
+        mean_with_interval(np.zeros((1, 2, 3)))
+
+
+def test_signed_rank_test() -> None:
+    first = np.array([0.1, 0.2, 0.3, 0.4, 0.5, NAN, 0.9])
+    second = first + np.array([0.01, 0.02, 0.03, 0.04, 0.05, 0.1, NAN])
+    assert signed_rank_test(first, second) == pytest.approx(2 / 2**5)  # all five of one sign
+    assert signed_rank_test(second, first) == pytest.approx(2 / 2**5)
+    assert signed_rank_test(first, first) == 1
+    assert signed_rank_test(first[:0], first[:0]) == 1
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]).tolist() == [1, 1]
+    assert holm([0.2]).tolist() == [0.2]
+    assert holm([]).tolist() == []
+
+
+def test_runs_are_compared_in_pairs() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.uniform(0.5, 0.8, size=30)
+    better, same = base + generator.uniform(0.05, 0.15, size=30), base + generator.normal(0, 0.02, size=30)
+    better[3] = NAN
+    pairs = compare_runs({"base": base, "better": better, "same": same})
+    assert [(pair.first, pair.second) for pair in pairs] == [("base", "better"), ("base", "same"), ("better", "same")]
+    assert [pair.cases for pair in pairs] == [29, 30, 29]
+    assert pairs[0].difference.mean == pytest.approx(np.nanmean(better - base))
+    assert 0.05 < pairs[0].difference.low < pairs[0].difference.high < 0.15
+    assert pairs[2].difference.mean < 0
+    assert pairs[0].p_value < 1e-6 < 0.01 < pairs[1].p_value
+    np.testing.assert_allclose([pair.p_holm for pair in pairs], holm([pair.p_value for pair in pairs]))
+
+
+def test_ranks_share_places() -> None:
+    scores = np.array([[0.9, 0.8, 0.7], [0.5, 0.6, 0.5], [0.4, 0.4, 0.4]])
+    found = ranks(scores)
+    assert found.tolist() == [[1, 2, 3], [2.5, 1, 2.5], [2, 2, 2]]
+    assert found.mean(axis=0).tolist() == pytest.approx([5.5 / 3, 5 / 3, 7.5 / 3])
+    with pytest.raises(ValueError, match="every run needs a score on every data set"):
+        ranks(np.array([[0.9, NAN]]))

@@ -20,6 +20,8 @@ from .pretrain import pretrain
 from .pretrain_config import PretrainConfig, machine_config
 from .profiling import ProfileConfig, profile
 from .segmentation.evaluate import EvaluateConfig, evaluate
+from .segmentation.finetune import finetune
+from .segmentation.finetune_config import FinetuneConfig
 from .segmentation.ranking import RankConfig, rank
 
 # Of the processes that torchrun started, one talks.
@@ -36,10 +38,17 @@ def _pretrain(config: PretrainConfig) -> None:
         )
 
 
+def _finetune(config: FinetuneConfig) -> None:
+    result = finetune(config)
+    if result.steps == config.steps and FIRST:
+        print(f"validation Dice {result.validation_dice:.4f}; checkpoint: {result.checkpoint}")
+
+
 # Settings and function of each command.
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "preprocess": (PreprocessConfig, preprocess_images),
     "pretrain": (PretrainConfig, _pretrain),
+    "finetune": (FinetuneConfig, _finetune),
     "export": (ExportConfig, export),
     "import": (ImportConfig, import_weights),
     "evaluate": (EvaluateConfig, evaluate),
@@ -47,7 +56,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "profile": (ProfileConfig, profile),
     "demo": (DemoConfig, demo),
 }
-RESUMABLE = (PreprocessConfig, PretrainConfig, DemoConfig)
+RESUMABLE = (PreprocessConfig, PretrainConfig, FinetuneConfig, DemoConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from s3d_kernels import computes_natively, use_backend
 
 from .distributed import Processes
-from .model import PRESETS, S3D, build_unet
+from .model import S3D, NetworkShape, build_unet, preset_shape
 from .pretrain_config import PretrainConfig
 from .run_settings import RunSettings
 
@@ -22,6 +25,9 @@ log = logging.getLogger(__name__)
 # stage: in the dense part (decoder, densification and their gradients) by our kernels and by others, and, where a voxel
 # is visible, in the encoder. Fitted to measured steps (docs/performance.md, "Memory of a step").
 DENSE_NATIVE, DENSE, VISIBLE = 5.7, 8.5, 3.7
+# The same for a plain U-Net that is trained without masks (measured: 13.5 to 17 in float32), and the share of the
+# bytes that it takes in half precision (measured: 0.64 to 0.7).
+DENSE_ALONE, HALF_PRECISION = 17.0, 0.7
 # What a step may take of the memory that is free.
 SHARE = 0.9
 
@@ -49,20 +55,37 @@ def step_memory(config: PretrainConfig, device: torch.device) -> StepMemory:
         model = S3D(
             build_unet(config.preset), sparse=config.sparse, mask_tokens=config.mask_tokens, densify=config.densify
         )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    copies = 2 + (2 if config.optimizer == "adamw" else 1) + (1 if config.ema_decay else 0)
-    features, scale = 0.0, 1.0
-    for channels, stride in zip(PRESETS[config.preset].features, PRESETS[config.preset].strides, strict=True):
-        scale *= stride**3
-        features += channels / scale
     low = config.mask_ratio[0] if isinstance(config.mask_ratio, tuple) else config.mask_ratio
     visible = 1 - low if config.sparse else 1.0
     with use_backend(config.backend):
         native = device.type == "cpu" and computes_natively(torch.empty(0, 1))
-    values = features * ((DENSE_NATIVE if native else DENSE) + VISIBLE * visible)
-    voxels = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    values = _features(preset_shape(config.preset)) * ((DENSE_NATIVE if native else DENSE) + VISIBLE * visible)
     size = 4 if config.precision == "float32" else 2
-    return StepMemory(weights=4 * copies * parameters, patch=int(voxels * values * size))
+    return StepMemory(weights=_weights(config, model), patch=int(math.prod(config.patch_size) * values * size))
+
+
+def dense_step_memory(
+    config: RunSettings, network: nn.Module, shape: NetworkShape, patch_size: Sequence[int]
+) -> StepMemory:
+    """Expected memory of steps that train a plain U-Net on whole patches; measured on CPUs."""
+    bytes_a_value = 4.0 if config.precision == "float32" else 4.0 * HALF_PRECISION
+    values = _features(shape) * DENSE_ALONE * math.prod(patch_size)
+    return StepMemory(weights=_weights(config, network), patch=int(values * bytes_a_value))
+
+
+def _features(shape: NetworkShape) -> float:
+    """Channels of all stages for each voxel of the input."""
+    features, scale = 0.0, 1.0
+    for channels, stride in zip(shape.features, shape.strides, strict=True):
+        scale *= math.prod(stride)
+        features += channels / scale
+    return features
+
+
+def _weights(config: RunSettings, model: nn.Module) -> int:
+    """Bytes of parameters, gradients, state of the optimiser and moving average."""
+    copies = 2 + (2 if config.optimizer == "adamw" else 1) + (1 if config.ema_decay else 0)
+    return 4 * copies * sum(parameter.numel() for parameter in model.parameters())
 
 
 def free_memory(device: torch.device) -> int:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .data import PatchDataset, SpatialAugmentation, VolumeStore, find_images, preprocess, split_cases
 from .distributed import Processes
 from .pretrain_config import PretrainConfig
+from .run_settings import RunSettings
 from .stop_signals import ignore_stop_signals
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class StepOrder(Sampler[list[int]]):
         start_step: steps already done.
     """
 
-    def __init__(self, config: PretrainConfig, processes: Processes, parts: int, start_step: int) -> None:
+    def __init__(self, config: RunSettings, processes: Processes, parts: int, start_step: int) -> None:
         self.config = config
         self.processes = processes
         self.parts = parts
@@ -96,6 +97,13 @@ def training_batches(
         length=config.steps * config.batch_size,
         foreground_share=config.foreground,
     )
+    return step_batches(config, dataset, processes, parts, start_step)
+
+
+def step_batches(
+    config: RunSettings, dataset: Dataset[Any], processes: Processes, parts: int, start_step: int
+) -> Iterator[dict[str, Any]]:
+    """Batches of a data set whose samples are those of the run, in the order of `StepOrder`."""
     loader = DataLoader(
         dataset,
         batch_sampler=StepOrder(config, processes, parts, start_step),

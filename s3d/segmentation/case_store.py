@@ -82,6 +82,7 @@ class CaseStore:
 
     Args:
         folder: that `prepare_dataset` has filled.
+        index: what to read in it, if that is known; default: what the last `prepare_dataset` was asked for.
     Attributes:
         cases: the record of each case.
         classes: how many there are, background included.
@@ -91,12 +92,15 @@ class CaseStore:
         ValueError: it is a store of something else, or of another version of this software.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, index: dict[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         file = self.folder / INDEX
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; the cases are not prepared, or not all: prepare them again")
-        index = json.loads(file.read_text(encoding="utf-8"))
+        if index is None:
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file}: no such file; the cases are not prepared, or not all: prepare them again"
+                )
+            index = json.loads(file.read_text(encoding="utf-8"))
         if (index.get("kind"), index.get("format")) != (KIND, FORMAT):
             raise ValueError(
                 f"{file}: is a store of kind {index.get('kind')!r} and format {index.get('format')}, not {KIND!r} and "
@@ -117,6 +121,11 @@ class CaseStore:
         if name not in self._positions:
             raise ValueError(f"{self.folder}: holds no case {name!r}; prepare it into this folder first")
         return self._positions[name]
+
+    def describe(self, names: Sequence[str]) -> list[list[Any]]:
+        """What some cases are, in order: name, shape and the background of each channel."""
+        cases = [self.cases[self.position(name)] for name in names]
+        return [[case.name, *case.shape, *case.background] for case in cases]
 
     def read(
         self, case: int, start: Sequence[int] | None = None, shape: Sequence[int] | None = None
@@ -229,15 +238,46 @@ def prepare_dataset(
             bar.update()
     if not done:
         raise ValueError(f"all {len(bad)} cases are bad, for example {next(iter(bad.values()))}")
-    index = {
+    text = json.dumps(_index(done, bad, plan), indent=1)
+    write_atomically(folder / INDEX, text.encode())
+    # Not read again: another run may have written its own by now.
+    return CaseStore(folder, json.loads(text))
+
+
+def open_dataset(cases: Sequence[RawCase], plan: SegmentationPlan, folder: str | Path) -> CaseStore:
+    """The store of cases that `prepare_dataset` has prepared for the same plan; writes nothing.
+
+    Raises:
+        ValueError: a case is not prepared, nor was it skipped as bad.
+    """
+    folder = Path(folder)
+    skipped = {error.path: error for error in CaseStore(folder).skipped}
+    done, bad = {}, {}
+    for case in cases:
+        stored = _read_stored(_task(case, plan, folder))
+        if stored is not None:
+            done[case.name] = stored
+            continue
+        known = [skipped[file] for file in (*case.images, case.label) if file in skipped]
+        if not known:
+            raise ValueError(
+                f"case {case.name} is not prepared in {folder}; run the same command in one process with "
+                "--prepare-only first"
+            )
+        bad[case.name] = known[0]
+    return CaseStore(folder, json.loads(json.dumps(_index(done, bad, plan))))
+
+
+def _index(
+    done: dict[str, StoredLabelledCase], bad: dict[str, BadImageError], plan: SegmentationPlan
+) -> dict[str, Any]:
+    return {
         "kind": KIND,
         "format": FORMAT,
         "classes": len(plan.class_names),
         "cases": [dataclasses.asdict(done[name]) for name in sorted(done)],
         "skipped": [{"file": str(bad[name].path), "reason": bad[name].reason} for name in sorted(bad)],
     }
-    write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
-    return CaseStore(folder)
 
 
 @dataclass(frozen=True)

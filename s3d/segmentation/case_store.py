@@ -251,7 +251,7 @@ def open_dataset(cases: Sequence[RawCase], plan: SegmentationPlan, folder: str |
         ValueError: a case is not prepared, nor was it skipped as bad.
     """
     folder = Path(folder)
-    skipped = {error.path: error for error in CaseStore(folder).skipped}
+    skipped = {error.path: error for error in CaseStore(folder).skipped} if (folder / INDEX).is_file() else {}
     done, bad = {}, {}
     for case in cases:
         stored = _read_stored(_task(case, plan, folder))

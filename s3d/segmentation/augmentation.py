@@ -20,6 +20,7 @@ from monai.transforms import (
     RandScaleIntensityFixedMean,
     RandSimulateLowResolution,
 )
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from s3d.data.augment import SpatialAugmentation
@@ -100,6 +101,7 @@ class Augmentation:
         """[D, H, W]"""
         if change.in_plane and self.flat_axis is not None:
             slices = change.transform(channel.movedim(self.flat_axis, 0).contiguous())
-            return torch.as_tensor(slices).movedim(0, self.flat_axis)
-        changed = change.transform(channel[None])[0]
-        return changed.as_tensor() if hasattr(changed, "as_tensor") else changed
+            changed = slices.movedim(0, self.flat_axis)
+        else:
+            changed = change.transform(channel[None])[0]
+        return convert_to_tensor(changed, track_meta=False)

@@ -6,12 +6,14 @@ Source: nnU-Net's ExperimentPlanner (Isensee et al., Nature Methods 2021) and it
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from numpy.typing import NDArray
 
 from s3d.data.patches import check_patch_size
@@ -200,9 +202,13 @@ def _triple(values: Iterable[int]) -> Voxels:
 
 def feature_values(network: NetworkShape, patch_size: Sequence[int], channels: int, classes: int) -> int:
     """Values of all feature maps that convolutions make of one patch: nnU-Net's measure of memory."""
+    return int(_weightless(network, channels, classes).compute_conv_feature_map_size(tuple(patch_size)))
+
+
+@functools.lru_cache(maxsize=8)  # many patches in a row have one network, which takes a tenth of a second to make
+def _weightless(network: NetworkShape, channels: int, classes: int) -> ResidualEncoderUNet:
     with torch.device("meta"):
-        unet = build_network(network, channels, classes)
-    return int(unet.compute_conv_feature_map_size(tuple(patch_size)))
+        return build_network(network, channels, classes)
 
 
 def check_patch(patch_size: Sequence[int], network: NetworkShape) -> Voxels:

@@ -82,16 +82,19 @@ def mean_with_interval(
     if table.size == 1:
         return Interval(mean, math.nan, math.nan)
     generator = np.random.default_rng(seed)
-    # How often each seed and each case is drawn, [resamples, seeds] and [resamples, cases].
-    seed_counts, case_counts = (
-        generator.multinomial(count, np.full(count, 1 / count), size=resamples) for count in (seeds, cases)
-    )
+    seed_counts, case_counts = _draw(generator, resamples, seeds), _draw(generator, resamples, cases)
     total, number = (
-        ((seed_counts @ values) * case_counts).sum(axis=1) for values in (np.nan_to_num(table), ~np.isnan(table))
+        ((seed_counts @ values) * case_counts).sum(axis=1) for values in (np.nan_to_num(table), 1.0 - np.isnan(table))
     )
     means = total[number > 0] / number[number > 0]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean, float(low), float(high))
+
+
+def _draw(generator: np.random.Generator, resamples: int, number: int) -> NDArray[np.int_]:
+    """How often each of `number` things is drawn in as many draws with replacement, [resamples, number]."""
+    draws = generator.integers(number, size=(resamples, number)) + number * np.arange(resamples)[:, None]
+    return np.bincount(draws.ravel(), minlength=resamples * number).reshape(resamples, number)
 
 
 def signed_rank_test(

@@ -42,12 +42,12 @@ def test_interval_is_the_bootstrap_of_scipy() -> None:
 
 
 def _covered(
-    draw: Callable[[np.random.Generator], NDArray[np.float64]], confidence: float = 0.95, times: int = 200
+    draw: Callable[[np.random.Generator], NDArray[np.float64]], confidence: float = 0.95, times: int = 1000
 ) -> float:
     """Share of the intervals that hold the true mean, 0."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(1)
     intervals = [
-        mean_with_interval(draw(generator), resamples=1000, confidence=confidence, seed=k) for k in range(times)
+        mean_with_interval(draw(generator), resamples=500, confidence=confidence, seed=k) for k in range(times)
     ]
     return float(np.mean([interval.low <= 0 <= interval.high for interval in intervals]))
 
@@ -56,7 +56,7 @@ def test_intervals_over_cases_hold_the_true_mean_as_often_as_they_say() -> None:
     def draw(generator: np.random.Generator) -> NDArray[np.float64]:
         return generator.normal(size=40)
 
-    assert 0.91 <= _covered(draw) <= 0.97
+    assert 0.92 <= _covered(draw) <= 0.96
     assert 0.46 <= _covered(draw, confidence=0.5) <= 0.54
 
 
@@ -65,10 +65,10 @@ def test_intervals_over_cases_and_seeds_hold_the_true_mean() -> None:
         of_seed, of_case = generator.normal(size=(8, 1)), generator.normal(size=(1, 40))
         return of_seed + of_case + generator.normal(size=(8, 40))
 
-    assert 0.86 <= _covered(draw) <= 0.97
+    assert 0.86 <= _covered(draw, times=200) <= 0.97
     # As if every score were independent of the others, or the seeds were given.
-    assert _covered(lambda generator: draw(generator).ravel()) < 0.6
-    assert _covered(lambda generator: draw(generator).mean(axis=0)) < 0.8
+    assert _covered(lambda generator: draw(generator).ravel(), times=100) < 0.6
+    assert _covered(lambda generator: draw(generator).mean(axis=0), times=100) < 0.8
 
 
 def test_interval_of_seeds_without_all_scores() -> None:

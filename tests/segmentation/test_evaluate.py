@@ -6,15 +6,19 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from s3d.cli import main
 from s3d.data.reading import BadImageError
+from s3d.segmentation import evaluation_report
 from s3d.segmentation.evaluate import EvaluateConfig, evaluate
+from s3d.segmentation.pictures import segmentation_figure
 from s3d.segmentation.ranking import RankConfig, rank
 from s3d.segmentation.scores import Scores, read_scores, scores_csv
 
@@ -66,7 +70,22 @@ def _rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def test_scores_tables_and_report(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def pictured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Titles of the pictures that are made from here on."""
+    titles: list[str] = []
+
+    def listed(*given: Any) -> Figure:
+        titles.append(given[4])
+        return segmentation_figure(*given)
+
+    monkeypatch.setattr(evaluation_report, "segmentation_figure", listed)
+    return titles
+
+
+def test_scores_tables_and_report(
+    config: EvaluateConfig, pictured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     scores = evaluate(replace(config, images=config.labels.parent / "imagesTs"))
 
     assert (scores.runs, scores.cases, scores.classes) == (("half", "all right"), CASES, ("one", "two"))
@@ -102,6 +121,18 @@ def test_scores_tables_and_report(config: EvaluateConfig, capsys: pytest.Capture
     page = (config.output_dir / "report.html").read_text()
     assert page.count("<img") == 1 + 3 + 3
     assert "half: best, median and worst case" in page
+    assert pictured[:3] == [
+        "best: case_a, mean Dice 0.833 (one 0.667, two 1.000)",
+        "median: case_c, mean Dice 0.833 (one 0.667, two 1.000)",
+        "worst: case_d, mean Dice 0.667 (one 0.667, two nan)",
+    ]
+
+
+def test_a_single_case_is_pictured_once(config: EvaluateConfig, pictured: list[str]) -> None:
+    for case in CASES[1:]:
+        (config.labels / f"{case}.nii.gz").unlink()
+    evaluate(config)
+    assert [title[:27] for title in pictured] == ["best, median, worst: case_a"] * 2
 
 
 def test_processes_give_the_same(config: EvaluateConfig) -> None:
@@ -142,9 +173,7 @@ def test_missing_files_are_named(config: EvaluateConfig) -> None:
         evaluate(config)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bad_class_maps_are_named(config: EvaluateConfig, workers: int) -> None:
-    config = replace(config, workers=workers)
+def test_bad_class_maps_are_named(config: EvaluateConfig) -> None:
     path = config.labels.parent / "half" / "case_b.nii.gz"
     _write(path, _truth(1) * 2)
     with pytest.raises(BadImageError, match=r"case_b\.nii\.gz: holds values that dataset.json does not name: 4 \(it"):
@@ -182,7 +211,7 @@ def test_surplus_predictions_are_told(config: EvaluateConfig, caplog: pytest.Log
     (config.labels / "case_d.nii.gz").unlink()
     scores = evaluate(replace(config, predictions=config.predictions[:1]))
     assert scores.cases == CASES[:3]
-    assert "half: 1 predictions have no label" in caplog.text
+    assert "half: left out 1 of its files, which have no label in" in caplog.text
 
 
 def test_settings_are_checked(config: EvaluateConfig) -> None:

@@ -19,6 +19,7 @@ from .preprocessing import PreprocessConfig, preprocess_images
 from .pretrain import pretrain
 from .pretrain_config import PretrainConfig, machine_config
 from .profiling import ProfileConfig, profile
+from .segmentation.predict import PredictConfig, predict
 
 # Of the processes that torchrun started, one talks.
 FIRST = os.environ.get("RANK", "0") == "0"
@@ -34,16 +35,25 @@ def _pretrain(config: PretrainConfig) -> None:
         )
 
 
+def _predict(config: PredictConfig) -> None:
+    summary = predict(config)
+    if FIRST:
+        skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
+        of_all = " by the first process" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{len(summary.predicted)} cases segmented{of_all}{skipped}: {config.output_dir}")
+
+
 # Settings and function of each command.
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "preprocess": (PreprocessConfig, preprocess_images),
     "pretrain": (PretrainConfig, _pretrain),
+    "predict": (PredictConfig, _predict),
     "export": (ExportConfig, export),
     "import": (ImportConfig, import_weights),
     "profile": (ProfileConfig, profile),
     "demo": (DemoConfig, demo),
 }
-RESUMABLE = (PreprocessConfig, PretrainConfig, DemoConfig)
+RESUMABLE = (PreprocessConfig, PretrainConfig, PredictConfig, DemoConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from .segmentation.evaluate import EvaluateConfig, evaluate
 from .segmentation.finetune import finetune
 from .segmentation.finetune_config import FinetuneConfig
 from .segmentation.ranking import RankConfig, rank
+from .segmentation.predict import PredictConfig, predict
 
 # Of the processes that torchrun started, one talks.
 FIRST = os.environ.get("RANK", "0") == "0"
@@ -44,11 +45,20 @@ def _finetune(config: FinetuneConfig) -> None:
         print(f"validation Dice {result.validation_dice:.4f}; checkpoint: {result.checkpoint}")
 
 
+def _predict(config: PredictConfig) -> None:
+    summary = predict(config)
+    if FIRST:
+        skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
+        of_all = " by the first process" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{len(summary.predicted)} cases segmented{of_all}{skipped}: {config.output_dir}")
+
+
 # Settings and function of each command.
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "preprocess": (PreprocessConfig, preprocess_images),
     "pretrain": (PretrainConfig, _pretrain),
     "finetune": (FinetuneConfig, _finetune),
+    "predict": (PredictConfig, _predict),
     "export": (ExportConfig, export),
     "import": (ImportConfig, import_weights),
     "evaluate": (EvaluateConfig, evaluate),
@@ -56,7 +66,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "profile": (ProfileConfig, profile),
     "demo": (DemoConfig, demo),
 }
-RESUMABLE = (PreprocessConfig, PretrainConfig, FinetuneConfig, DemoConfig)
+RESUMABLE = (PreprocessConfig, PretrainConfig, FinetuneConfig, PredictConfig, DemoConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from small_dataset import CLASSES, ball, save
+from torch import Tensor, nn
+
+from s3d.checkpoint import save_checkpoint
+from s3d.cli import main
+from s3d.data import BadImageError
+from s3d.model import build_unet, preset_shape
+from s3d.segmentation import predict as module
+from s3d.segmentation.plan import Normalization, SegmentationPlan
+from s3d.segmentation.predict import PredictConfig, predict
+
+AS_THEY_ARE = Normalization("ct", low=-1e9, high=1e9, mean=0.0, std=1.0)
+
+
+def make_plan(**changes: Any) -> SegmentationPlan:
+    settings: dict[str, Any] = {
+        "dataset": "Dataset001_Balls",
+        "channel_names": ("MRI",),
+        "class_names": CLASSES,
+        "file_ending": ".nii.gz",
+        "kind": "fixed",
+        "spacing_mm": (1.0, 1.0, 1.0),
+        "patch_size": (8, 16, 12),
+        "normalization": (Normalization("zscore"),),
+        "network": preset_shape("tiny"),
+    }
+    return SegmentationPlan(**{**settings, **changes})
+
+
+def make_checkpoint(file: Path, plan: SegmentationPlan) -> Path:
+    """Of a network with random weights, in which all branches count."""
+    torch.manual_seed(0)
+    network = plan.build_network()
+    for part in network.modules():
+        if isinstance(part, nn.InstanceNorm3d):  # the last of a residual branch begins with 0
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+    state = network.state_dict()
+    save_checkpoint(file, {"step": 7, "config": {}, "plan": plan.plain(), "network": state})
+    return file
+
+
+def make_images(folder: Path, cases: int = 3) -> Path:
+    for number in range(cases):
+        image, _ = ball((16 + number, 20, 12), number)
+        save(folder / f"case_{number}_0000.nii.gz", image, np.diag([1.1, 0.9, 1.3, 1.0]))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "checkpoint": make_checkpoint(tmp_path / "checkpoint.pt", make_plan()),
+        "images": make_images(tmp_path / "imagesTs"),
+        "output_dir": tmp_path / "predictions",
+        "device": "cpu",
+    }
+
+
+class Bands(nn.Module):
+    """Classes by intensity: background below 35, shell up to 65, core above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = nn.Parameter(torch.tensor([35.0, 65.0]))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, D, H, W]; the first channel counts
+        low, high = self.cut
+        brightness = x[:, 0]
+        return torch.stack([low - brightness, torch.minimum(brightness - low, high - brightness), brightness - high], 1)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "ASL"])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_images_are_segmented_where_they_lie(
+    codes: str, mirror: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tilted, anisotropic image of two channels on the plan's own grid: each voxel gets the class of its value."""
+    monkeypatch.setattr(SegmentationPlan, "build_network", lambda self: Bands())
+    plan = make_plan(
+        channel_names=("MRI", "other"),
+        spacing_mm=(2.5, 1.1, 0.8),
+        patch_size=(8, 8, 8),
+        normalization=(AS_THEY_ARE, AS_THEY_ARE),
+    )
+    _, label = ball((26, 17, 13))
+    image = (20 + 30 * label).astype(np.int16)
+    image[:3] = image[:, -2:] = 0
+    expected = np.where(image > 0, label, 0)
+    tilt = np.eye(4)
+    tilt[:2, :2] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
+    change = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes))
+    affine = tilt @ np.diag([0.8, 1.1, 2.5, 1.0]) @ inv_ornt_aff(change, image.shape)
+    image, expected = (nib.apply_orientation(array, change) for array in (image, expected))
+    reference = save(tmp_path / "raw" / "imagesTs" / "a_0000.nii.gz", image, affine)
+    save(tmp_path / "raw" / "imagesTs" / "a_0001.nii.gz", image.astype(np.float32) * 7, affine)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint.pt", plan)
+    summary = predict(PredictConfig(checkpoint, tmp_path / "raw", tmp_path / "out", mirror=mirror, device="cpu"))
+    assert summary.predicted == ("a",)
+    written = nib.load(tmp_path / "out" / "a.nii.gz")
+    assert written.get_data_dtype() == np.int16
+    np.testing.assert_array_equal(written.affine, nib.load(reference).affine)
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), expected)
+
+
+def test_finished_cases_stay_and_missing_ones_are_made_the_same(setting: dict[str, Any]) -> None:
+    config = PredictConfig(**setting)
+    assert predict(config).predicted == ("case_0", "case_1", "case_2")
+    before = contents(config.output_dir)
+    assert list(before) == ["case_0.nii.gz", "case_1.nii.gz", "case_2.nii.gz", "prediction.json"]
+    classes = [np.asanyarray(nib.load(config.output_dir / f"case_{number}.nii.gz").dataobj) for number in range(3)]
+    assert all(len(np.unique(values)) > 1 for values in classes)
+    times = {path: path.stat().st_mtime_ns for path in config.output_dir.iterdir()}
+    (config.output_dir / "case_1.nii.gz").unlink()
+    assert predict(config).predicted == ("case_1",)
+    assert contents(config.output_dir) == before
+    for number in (0, 2):
+        path = config.output_dir / f"case_{number}.nii.gz"
+        assert path.stat().st_mtime_ns == times[path]
+
+
+def test_the_record_says_what_the_folder_holds(setting: dict[str, Any]) -> None:
+    config = PredictConfig(**setting)
+    predict(config)
+    record = json.loads((config.output_dir / "prediction.json").read_text())
+    assert record["class_names"] == list(CLASSES)
+    assert record["mirror"] is False
+    with pytest.raises(ValueError, match=r"predictions was begun with mirror False \(now True\); .*--overwrite"):
+        predict(PredictConfig(**setting, mirror=True))
+    make_checkpoint(setting["checkpoint"], make_plan(patch_size=(8, 8, 8)))
+    with pytest.raises(ValueError, match="was begun with checkpoint_sha256"):
+        predict(config)
+    assert json.loads((config.output_dir / "prediction.json").read_text()) == record
+
+
+def test_overwrite_makes_all_of_it_again(setting: dict[str, Any]) -> None:
+    predict(PredictConfig(**setting))
+    before = contents(setting["output_dir"])
+    assert predict(PredictConfig(**setting, overlap=0.25, overwrite=True)).predicted == ("case_0", "case_1", "case_2")
+    assert contents(setting["output_dir"])["case_1.nii.gz"] != before["case_1.nii.gz"]
+    predict(PredictConfig(**setting, overwrite=True))
+    assert contents(setting["output_dir"]) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_left_alone(overwrite: bool, setting: dict[str, Any]) -> None:
+    truth = setting["output_dir"] / "case_1.nii.gz"
+    truth.parent.mkdir()
+    truth.write_bytes(b"drawn by hand")
+    with pytest.raises(ValueError, match=r"holds case_1\.nii\.gz but no prediction\.json"):
+        predict(PredictConfig(**setting, overwrite=overwrite))
+    assert contents(truth.parent) == {"case_1.nii.gz": b"drawn by hand"}
+
+
+def test_two_processes_write_what_one_writes(setting: dict[str, Any], tmp_path: Path) -> None:
+    make_images(setting["images"], 5)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2"
+    command = f"{torchrun} -m s3d predict {setting['checkpoint']} --images {setting['images']} --output-dir two"
+    done = subprocess.run(
+        [sys.executable, *command.split(), *"--device cpu --mirror".split()],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        predict(PredictConfig(**{**setting, "output_dir": tmp_path / "one"}, mirror=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert "3 cases segmented by the first process" in done.stdout
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert len(one) == 6
+    assert one == two
+
+
+def test_a_bad_case_is_named_and_stops_or_is_skipped(setting: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    bad = setting["images"] / "case_1_0000.nii.gz"
+    bad.write_bytes(b"nothing")
+    with pytest.raises(BadImageError, match=r"case_1_0000\.nii\.gz"):
+        predict(PredictConfig(**setting))
+    with caplog.at_level(logging.WARNING):
+        summary = predict(PredictConfig(**setting, skip_bad=True))
+    assert "case case_1 is skipped" in caplog.text
+    assert [error.path for error in summary.skipped] == [bad]
+    assert sorted(contents(setting["output_dir"])) == ["case_0.nii.gz", "case_2.nii.gz", "prediction.json"]
+
+
+def test_what_is_no_segmentation_is_refused(
+    setting: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrained = tmp_path / "pretrained.pt"
+    state = build_unet("tiny").state_dict()
+    save_checkpoint(pretrained, {"step": 1, "config": {"preset": "tiny"}, "network": state})
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(pretrained), "--images", str(setting["images"]), "--output-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert f"checkpoint {pretrained} is one of pre-training" in message
+    assert "s3d finetune" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": Path("nowhere.pt")}, r"nowhere\.pt"),
+        ({"images": Path("nowhere")}, "nowhere: no such folder"),
+        ({"device": "abacus"}, "device must be auto, cpu or a device of this machine, got 'abacus'"),
+    ],
+)
+def test_wrong_names_are_refused(change: dict[str, Any], message: str, setting: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        predict(PredictConfig(**{**setting, **change}))
+    assert not setting["output_dir"].exists()
+
+
+def test_nonsense_is_refused_before_anything_is_read(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"overlap must be at least 0 and below 1, got 1\.5"):
+        PredictConfig(**setting, overlap=1.5)
+    with pytest.raises(ValueError, match="is the folder of the images"):
+        predict(PredictConfig(**{**setting, "output_dir": setting["images"]}))
+
+
+def test_missing_channels_are_refused(setting: dict[str, Any]) -> None:
+    make_checkpoint(
+        setting["checkpoint"],
+        make_plan(channel_names=("T1", "T2"), normalization=(Normalization("zscore"),) * 2),
+    )
+    with pytest.raises(FileNotFoundError, match=r"case_0_0001\.nii\.gz: no such file"):
+        predict(PredictConfig(**setting))
+    assert not setting["output_dir"].exists()
+
+
+def test_answers_that_are_not_finite_are_no_background(
+    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "predict_logits", lambda *_, **__: torch.full((3, 2, 2, 2), torch.nan))
+    with pytest.raises(FloatingPointError, match=r"case case_0: the network's answer is not finite in bfloat16"):
+        predict(PredictConfig(**setting, precision="bfloat16"))
+    assert not (setting["output_dir"] / "case_0.nii.gz").exists()
+
+
+def test_a_segmentation_that_cannot_be_written_stops_the_run(
+    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("cannot write")
+
+    monkeypatch.setattr(module, "write_segmentation", full)
+    for images in ("case_0", "case_1", "case_2"):  # also where it is the last
+        with pytest.raises(OSError, match="cannot write"):
+            predict(PredictConfig(**setting))
+        (setting["images"] / f"{images}_0000.nii.gz").unlink()
+        if images == "case_1":
+            break
+
+
+def test_half_precision_is_nearly_the_same(setting: dict[str, Any], tmp_path: Path) -> None:
+    predict(PredictConfig(**setting))
+    predict(PredictConfig(**{**setting, "output_dir": tmp_path / "half", "precision": "bfloat16", "batch": 4}))
+    exact, half = (
+        np.asanyarray(nib.load(folder / "case_0.nii.gz").dataobj)
+        for folder in (setting["output_dir"], tmp_path / "half")
+    )
+    assert 0.9 < np.mean(exact == half) < 1

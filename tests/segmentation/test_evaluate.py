@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from s3d.cli import main
 from s3d.data.reading import BadImageError
 from s3d.segmentation import evaluation_report
+from s3d.segmentation.case_scores import CaseTask, score_case
 from s3d.segmentation.evaluate import EvaluateConfig, evaluate
 from s3d.segmentation.pictures import segmentation_figure
 from s3d.segmentation.ranking import RankConfig, rank
@@ -109,6 +111,8 @@ def test_scores_tables_and_report(
     mean = (3 * (half + 1) / 2 + half) / 4  # each case counts with the mean of the classes that it has
     assert float(rows["half", "mean"]["dice"]) == pytest.approx(mean, abs=1e-5)
     assert float(rows["half", "mean"]["dice_low"]) < mean < float(rows["half", "mean"]["dice_high"])
+    nsd = (scores.nsd[0, :3].mean(axis=1).sum() + scores.nsd[0, 3, 0]) / 4
+    assert float(rows["half", "mean"]["nsd"]) == pytest.approx(nsd, abs=1e-5)
     (pair,) = _rows(config.output_dir / "comparisons.csv")
     assert (pair["first"], pair["second"], pair["cases"]) == ("half", "all right", "4")
     assert float(pair["difference"]) == pytest.approx(1 - mean, abs=1e-5)
@@ -139,6 +143,15 @@ def test_processes_give_the_same(config: EvaluateConfig) -> None:
     alone = evaluate(config)
     together = evaluate(replace(config, workers=2, output_dir=config.output_dir / "processes"))
     assert scores_csv(together) == scores_csv(alone)
+
+
+def test_cases_may_be_done_in_any_order(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backwards(work: Any, tasks: Sequence[CaseTask], workers: int) -> list[tuple[CaseTask, Any]]:
+        return [(task, score_case(task)) for task in reversed(tasks)]
+
+    alone = evaluate(config)
+    monkeypatch.setattr("s3d.segmentation.evaluate.run_in_processes", backwards)
+    assert scores_csv(evaluate(replace(config, workers=1))) == scores_csv(alone)
 
 
 def test_the_tolerance_is_in_millimetres(config: EvaluateConfig) -> None:

@@ -38,7 +38,7 @@ LABELS = (4, 8, 16, 208)
 FEW = 8  # labels of part c
 PATCH = (40, 56, 40)
 MASK_BLOCK = 8
-BATCH_SIZE = 2
+BATCH_SIZE = 4
 PRETRAINING_BATCH_SIZE = 8
 SCOPES = ("encoder+decoder", "encoder")
 
@@ -113,6 +113,8 @@ def pretrain(data: Path, folder: Path, steps: int, cores: int) -> None:
     command = ["pretrain", "--images", data / "imagesTr", "--output-dir", folder, "--preset", "small"]
     command += ["--patch-size", *PATCH, "--mask-block", MASK_BLOCK, "--steps", steps]
     command += ["--batch-size", PRETRAINING_BATCH_SIZE, "--warmup-steps", max(1, steps // 20)]
+    # A short run: the published momentum of 0.99 is too long a memory for so few steps.
+    command += ["--momentum", "0.9", "--learning-rate", "0.05", "--checkpoint-every", "100"]
     command += ["--validation-fraction", "0.01", "--validate-every", steps]
     command += ["--precision", "bfloat16", "--workers", "1", "--device", "cpu", "--seed", "0"]
     folder.mkdir(exist_ok=True)
@@ -133,6 +135,7 @@ def run(training: Training, data: Path, output: Path, checkpoint: Path, threads:
     splits.write_text(json.dumps([split_of(data, training)], indent=1), encoding="utf-8")
 
     command = ["finetune", "--dataset", data, "--output-dir", folder, "--splits", splits, "--fold", "0"]
+    command += ["--cases", output / "cases"]
     command += ["--preset", "small", "--patch", "fixed", "--patch-size", *PATCH, "--spacing-mm", "1", "1", "1"]
     command += ["--schedule", training.schedule, "--steps", training.steps, "--batch-size", BATCH_SIZE]
     command += ["--validate-every", max(1, training.steps // 10), "--precision", "bfloat16", "--workers", "1"]
@@ -150,7 +153,7 @@ def run(training: Training, data: Path, output: Path, checkpoint: Path, threads:
         text = folder / "output.txt"
         s3d(command, text, threads)
         model, predictions = folder / "checkpoint.pt", folder / "predictions"
-        predict = ["predict", "--checkpoint", model, "--images", data / "imagesTs", "--output-dir", predictions]
+        predict = ["predict", model, "--images", data / "imagesTs", "--output-dir", predictions]
         s3d([*predict, "--device", "cpu"], text, threads)
         evaluate = ["evaluate", "--labels", data / "labelsTs", "--predictions", f"{training.name}={predictions}"]
         evaluate += ["--dataset-json", data / "dataset.json", "--images", data / "imagesTs"]
@@ -214,9 +217,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=list("abc"), default=list("abc"), help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
     parser.add_argument("--seeds", type=int, default=3, help="of each run of the parts b and c")
-    parser.add_argument("--pretraining-steps", type=int, default=1500, help=f"of {PRETRAINING_BATCH_SIZE} patches")
-    parser.add_argument("--steps", type=int, default=500, help=f"of {BATCH_SIZE} patches, of the parts b and c")
-    parser.add_argument("--long-steps", type=int, default=3000, help=f"of {BATCH_SIZE} patches, of part a")
+    parser.add_argument("--pretraining-steps", type=int, default=1200, help=f"of {PRETRAINING_BATCH_SIZE} patches")
+    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH_SIZE} patches, of the parts b and c")
+    parser.add_argument("--long-steps", type=int, default=2000, help=f"of {BATCH_SIZE} patches, of part a")
     return parser.parse_args()
 
 

@@ -22,8 +22,8 @@ from .profiling import ProfileConfig, profile
 from .segmentation.evaluate import EvaluateConfig, evaluate
 from .segmentation.finetune import finetune
 from .segmentation.finetune_config import FinetuneConfig
-from .segmentation.ranking import RankConfig, rank
 from .segmentation.predict import PredictConfig, predict
+from .segmentation.ranking import RankConfig, rank
 
 # Of the processes that torchrun started, one talks.
 FIRST = os.environ.get("RANK", "0") == "0"
@@ -59,10 +59,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "pretrain": (PretrainConfig, _pretrain),
     "finetune": (FinetuneConfig, _finetune),
     "predict": (PredictConfig, _predict),
-    "export": (ExportConfig, export),
-    "import": (ImportConfig, import_weights),
     "evaluate": (EvaluateConfig, evaluate),
     "rank": (RankConfig, rank),
+    "export": (ExportConfig, export),
+    "import": (ImportConfig, import_weights),
     "profile": (ProfileConfig, profile),
     "demo": (DemoConfig, demo),
 }

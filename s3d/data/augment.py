@@ -26,6 +26,7 @@ class SpatialTransform:
     angles_degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)  # around the depth, height and width axis, in turn
     scale: float = 1.0  # extent shown / extent of the patch: above 1 things get smaller
     mirror: tuple[bool, bool, bool] = (False, False, False)  # (depth, height, width)
+    flat_axis: int | None = None  # that is not scaled; angles around other axes are 0
 
     @property
     def interpolates(self) -> bool:
@@ -43,7 +44,7 @@ class SpatialTransform:
             turn[first, second] = -math.sin(math.radians(angle))
             turn[second, first] = math.sin(math.radians(angle))
             rotation = turn @ rotation
-        return self.scale * rotation
+        return rotation * [1.0 if axis == self.flat_axis else self.scale for axis in range(3)]
 
     def source_region(
         self, centre: Sequence[float], patch_size: Sequence[int], volume_shape: Sequence[int]
@@ -77,9 +78,27 @@ class SpatialTransform:
         """
         # torch's own sampler: it takes any region with a few numbers for the grid, where MONAI's transforms
         # would have to be told of the shifted centre through an affine and take seconds to import.
+        grid = self.sampling_grid(region.shape, region_start, centre, patch_size)
+        # Outside the region the sampler sees zeros, so background is moved there and back.
+        shown = torch.nn.functional.grid_sample(
+            (region - background)[None, None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        return shown[0, 0].add_(background)
+
+    def sampling_grid(
+        self,
+        region_shape: Sequence[int],
+        region_start: Sequence[int],
+        centre: Sequence[float],
+        patch_size: Sequence[int],
+    ) -> Tensor:
+        """Where in a region each voxel of the patch lies, as `torch.nn.functional.grid_sample` wants it.
+
+        Returns: float32 [D, H, W, 3] of a patch D x H x W.
+        """
         # grid_sample wants (width, height, depth) in units of the region: -1 and 1 are its outer voxel edges. The grid
         # is a sum of three lines, which takes a third of the time of affine_grid.
-        extent = np.asarray(region.shape, dtype=np.float64)
+        extent = np.asarray(region_shape, dtype=np.float64)
         turn = 2 * self.matrix / extent[:, None]
         middle = (2 * (np.asarray(centre) - np.asarray(region_start)) + 1) / extent - 1
         lines = []
@@ -88,12 +107,7 @@ class SpatialTransform:
             line = (offsets[:, None] * turn[:, axis] + middle / 3)[:, ::-1]  # [length, 3]
             lines.append(torch.from_numpy(line.astype(np.float32)))
         depth, height, width = lines
-        grid = depth[:, None, None] + (height[:, None] + width)  # [D, H, W, 3]
-        # Outside the region the sampler sees zeros, so background is moved there and back.
-        shown = torch.nn.functional.grid_sample(
-            (region - background)[None, None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=False
-        )
-        return shown[0, 0].add_(background)
+        return depth[:, None, None] + (height[:, None] + width)
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,7 @@ class SpatialAugmentation:
     scale_range: tuple[float, float] = (0.7, 1.4)  # log-uniform, so that larger and smaller are equally likely
     scale_probability: float = 0.2
     mirror_probability: float = 0.5  # for each axis
+    flat_axis: int | None = None  # of patches that are thin along it: they rotate around it only and keep its scale
 
     def __post_init__(self) -> None:
         for name in ("rotation_probability", "scale_probability", "mirror_probability"):
@@ -127,9 +142,10 @@ class SpatialAugmentation:
         angles, scale = (0.0, 0.0, 0.0), 1.0
         if rng.random() < self.rotation_probability:
             depth, height, width = rng.uniform(-self.max_rotation_degrees, self.max_rotation_degrees, size=3).tolist()
-            angles = (depth, height, width)
+            turns = [self.flat_axis in (None, axis) for axis in range(3)]
+            angles = (depth * turns[0], height * turns[1], width * turns[2])
         if rng.random() < self.scale_probability:
             low, high = self.scale_range
             scale = math.exp(rng.uniform(math.log(low), math.log(high)))
         depth_flip, height_flip, width_flip = (rng.random(3) < self.mirror_probability).tolist()
-        return SpatialTransform(angles, scale, (depth_flip, height_flip, width_flip))
+        return SpatialTransform(angles, scale, (depth_flip, height_flip, width_flip), self.flat_axis)

@@ -75,7 +75,7 @@ class PatchDataset(Dataset[Sample]):
         self.cases = tuple(range(len(store)) if cases is None else cases)
         if not self.cases or not all(0 <= case < len(store) for case in self.cases):
             raise ValueError(f"cases must be one or more of 0 to {len(store) - 1}, got {list(self.cases)}")
-        self.patch_size = _check_patch_size(patch_size)
+        self.patch_size = check_patch_size(patch_size)
         if seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed}")
         if length < 1:
@@ -93,7 +93,7 @@ class PatchDataset(Dataset[Sample]):
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self.length:
             raise IndexError(f"sample {i} of {self.length}")
-        case = self._case_of(i)
+        case = self.cases[place_in_epoch(self.seed, i, len(self.cases))]
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, SAMPLE_STREAM, i]))
         start = self._place(case, rng)
         transform = SpatialTransform() if self.augmentation is None else self.augmentation.draw(rng)
@@ -102,25 +102,27 @@ class PatchDataset(Dataset[Sample]):
     def _place(self, case: int, rng: np.random.Generator) -> list[int]:
         """First voxel of a patch; negative where the patch is larger than the volume."""
         shape = self.store.cases[case].shape
-        centred = _centred(shape, self.patch_size)
+        middle = centred(shape, self.patch_size)
         # Without a share nothing is drawn, so that the patches are those of before there was one.
         if self.foreground_share and rng.random() < self.foreground_share:
             places = self.store.foreground(case)
             if len(places):
                 centre = places[rng.integers(len(places))].tolist()
                 return [
-                    min(max(middle - length // 2, 0), side - length) if side >= length else first
-                    for middle, side, length, first in zip(centre, shape, self.patch_size, centred)
+                    min(max(voxel - length // 2, 0), side - length) if side >= length else first
+                    for voxel, side, length, first in zip(centre, shape, self.patch_size, middle)
                 ]
         return [
             int(rng.integers(side - length + 1)) if side >= length else first
-            for side, length, first in zip(shape, self.patch_size, centred)
+            for side, length, first in zip(shape, self.patch_size, middle)
         ]
 
-    def _case_of(self, i: int) -> int:
-        epoch, place = divmod(i, len(self.cases))
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, EPOCH_STREAM, epoch]))
-        return self.cases[int(rng.permutation(len(self.cases))[place])]
+
+def place_in_epoch(seed: int, i: int, cases: int) -> int:
+    """Which of so many cases sample `i` shows: an epoch is a permutation of the cases."""
+    epoch, place = divmod(i, cases)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, EPOCH_STREAM, epoch]))
+    return int(rng.permutation(cases)[place])
 
 
 def validation_sample(store: VolumeStore, case: int, patch_size: Sequence[int]) -> Sample:
@@ -136,8 +138,8 @@ def validation_sample(store: VolumeStore, case: int, patch_size: Sequence[int]) 
     """
     if not 0 <= case < len(store):
         raise IndexError(f"case must be 0 to {len(store) - 1}, got {case}")
-    size = _check_patch_size(patch_size)
-    return _sample(store, case, _centred(store.cases[case].shape, size), size, SpatialTransform())
+    size = check_patch_size(patch_size)
+    return _sample(store, case, centred(store.cases[case].shape, size), size, SpatialTransform())
 
 
 def split_cases(store: VolumeStore, validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -173,14 +175,15 @@ def split_cases(store: VolumeStore, validation_fraction: float, seed: int) -> tu
     return sorted(set(range(len(store))) - set(validation)), sorted(validation)
 
 
-def _check_patch_size(patch_size: Sequence[int]) -> tuple[int, int, int]:
+def check_patch_size(patch_size: Sequence[int]) -> tuple[int, int, int]:
+    """`patch_size` as a tuple; ValueError unless it is three positive whole numbers."""
     sizes = tuple(patch_size)
     if len(sizes) != 3 or not all(isinstance(side, (int, np.integer)) and side >= 1 for side in sizes):
         raise ValueError(f"patch_size must be three positive whole numbers, got {patch_size!r}")
     return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 
-def _centred(volume_shape: Sequence[int], patch_size: Sequence[int]) -> list[int]:
+def centred(volume_shape: Sequence[int], patch_size: Sequence[int]) -> list[int]:
     """First voxel of the centred patch; negative where the patch is larger than the volume."""
     return [(side - length) // 2 for side, length in zip(volume_shape, patch_size)]
 
@@ -194,7 +197,7 @@ def _sample(
     region_start, region_shape = (
         transform.source_region(centre, patch_size, record.shape)
         if transform.interpolates
-        else _overlap(start, patch_size, record.shape)
+        else overlap(start, patch_size, record.shape)
     )
 
     def show(region: Tensor, outside: float) -> Tensor:
@@ -202,7 +205,7 @@ def _sample(
         if transform.interpolates:
             patch = transform.resample(region, region_start, centre, patch_size, outside)
         else:
-            patch = _padded(region, [low - first for low, first in zip(region_start, start)], patch_size, outside)
+            patch = padded(region, [low - first for low, first in zip(region_start, start)], patch_size, outside)
         mirrored = [axis for axis, mirror in enumerate(transform.mirror) if mirror]
         return (patch.flip(mirrored) if mirrored else patch)[None]  # flip copies, along no axis too
 
@@ -218,7 +221,7 @@ def _sample(
     return sample
 
 
-def _overlap(
+def overlap(
     start: Sequence[int], patch_size: Sequence[int], volume_shape: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Start and shape of the part of the volume that the patch at `start` covers."""
@@ -227,10 +230,10 @@ def _overlap(
     return low, tuple(after - before for before, after in zip(low, high))
 
 
-def _padded(region: Tensor, place: Sequence[int], patch_size: Sequence[int], outside: float) -> Tensor:
+def padded(region: Tensor, place: Sequence[int], patch_size: Sequence[int], outside: float) -> Tensor:
     """A patch [D, H, W] that shows `region` from voxel `place` on."""
     if region.shape == torch.Size(patch_size):
         return region
-    patch = torch.full(tuple(patch_size), outside)
+    patch = torch.full(tuple(patch_size), outside, dtype=region.dtype)
     patch[tuple(slice(first, first + length) for first, length in zip(place, region.shape))] = region
     return patch

@@ -165,16 +165,17 @@ def case_names(sources: Sequence[ImageSource]) -> list[str]:
         for row in longer:
             used[row] += 1
     for row in clashing:  # x.nii beside x.nii.gz, or paths that differ in case only
-        names[row] += "-" + _short_hash(str(sources[row]))
+        names[row] += "-" + short_hash(str(sources[row]))
     return names
 
 
 def _last_part(source: ImageSource) -> str:
     # A folder may hold many series, whose own names are 64 digits long.
-    return stem(source.path) if source.series is None else f"{source.path.name}-{_short_hash(source.series)}"
+    return stem(source.path) if source.series is None else f"{source.path.name}-{short_hash(source.series)}"
 
 
-def _short_hash(text: str) -> str:
+def short_hash(text: str) -> str:
+    """8 hexadecimal digits that stand for a text."""
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
 
 
@@ -217,7 +218,7 @@ def _task(
         name,
         source,
         wanted_mm,
-        file=f"{name}-{_short_hash(json.dumps(key))}{SUFFIX}",
+        file=f"{name}-{short_hash(json.dumps(key))}{SUFFIX}",
         made_from={**key, "source_bytes": size, "source_mtime_ns": changed_ns},
     )
 
@@ -263,7 +264,7 @@ def _store(task: _Task) -> StoredCase | BadImageError:
         series=task.source.series,
         anonymised_file=None if volume.anonymised is None else f"{task.file.removesuffix(SUFFIX)}-anonymised{SUFFIX}",
     )
-    foreground = _places(volume.foreground, seed=int(_short_hash(task.file), 16))
+    foreground = random_places(volume.foreground, _most_places(volume.foreground), seed=int(short_hash(task.file), 16))
     write_case(task.folder, task.made_from, case, voxels, foreground, volume.anonymised)
     return case
 
@@ -273,10 +274,13 @@ def _store_on_one_thread(task: _Task) -> StoredCase | BadImageError:
     return _store(task)
 
 
-def _places(mask: NDArray[np.bool_], seed: int) -> NDArray[np.uint16]:
-    """Random voxels of a mask, [n, 3]; all of them if they are few."""
+def _most_places(mask: NDArray[np.bool_]) -> int:
+    return min(FOREGROUND_PLACES, -(-mask.size // VOXELS_A_PLACE))
+
+
+def random_places(mask: NDArray[np.bool_], most: int, seed: int) -> NDArray[np.uint16]:
+    """Random voxels of a mask, [n, 3]; all of them if they are not more than `most`."""
     inside = np.flatnonzero(mask)
-    most = min(FOREGROUND_PLACES, -(-mask.size // VOXELS_A_PLACE))
     if len(inside) > most:
         inside = np.random.default_rng(seed).choice(inside, most, replace=False, shuffle=False)
     return np.stack(np.unravel_index(inside, mask.shape), axis=-1).astype(np.uint16)

@@ -139,7 +139,7 @@ class VolumeStore:
             OSError: the file is gone or damaged.
         """
         record, region = self._region(case, start, shape)
-        with _damage_named(self.folder / record.file) as array:
+        with damage_named(self.folder / record.file) as array:
             return np.asarray(array[region], dtype=np.float32)
 
     def read_anonymised(
@@ -152,7 +152,7 @@ class VolumeStore:
         record, region = self._region(case, start, shape)
         if record.anonymised_file is None:
             return None
-        with _damage_named(self.folder / record.anonymised_file) as array:
+        with damage_named(self.folder / record.anonymised_file) as array:
             return np.asarray(array[region], dtype=bool)
 
     def foreground(self, case: int) -> NDArray[np.uint16]:
@@ -161,7 +161,7 @@ class VolumeStore:
         Foreground is the anatomy mask or, where the image came without, what is brighter than the volume's mean.
         """
         record, _ = self._region(case, None, None)
-        with _damage_named(self.folder / record.file) as array:
+        with damage_named(self.folder / record.file) as array:
             return np.frombuffer(array.schunk.vlmeta[FOREGROUND], dtype="<u2").reshape(-1, 3)
 
     def _region(
@@ -170,18 +170,27 @@ class VolumeStore:
         if not 0 <= case < len(self.cases):
             raise IndexError(f"case must be 0 to {len(self.cases) - 1}, got {case}")
         record = self.cases[case]
-        begin = (0, 0, 0) if start is None else tuple(start)
-        size = tuple(side - first for side, first in zip(record.shape, begin)) if shape is None else tuple(shape)
-        within = len(begin) == len(size) == 3 and all(
-            first >= 0 and length >= 1 and first + length <= side
-            for first, length, side in zip(begin, size, record.shape)
+        return record, region_of(record.name, record.shape, start, shape)
+
+
+def region_of(
+    name: str, volume_shape: Sequence[int], start: Sequence[int] | None, shape: Sequence[int] | None
+) -> tuple[slice, ...]:
+    """The slices of a region that begins at `start` (None: 0) and has a shape (None: all the rest).
+
+    Raises:
+        ValueError: the region does not lie within the volume of the case `name`.
+    """
+    begin = (0, 0, 0) if start is None else tuple(start)
+    size = tuple(side - first for side, first in zip(volume_shape, begin)) if shape is None else tuple(shape)
+    within = len(begin) == len(size) == 3 and all(
+        first >= 0 and length >= 1 and first + length <= side for first, length, side in zip(begin, size, volume_shape)
+    )
+    if not within:
+        raise ValueError(
+            f"start {begin} and shape {size} do not describe a region of case {name!r}, whose shape is {volume_shape}"
         )
-        if not within:
-            raise ValueError(
-                f"start {begin} and shape {size} do not describe a region of case {record.name!r}, whose shape is "
-                f"{record.shape}"
-            )
-        return record, tuple(slice(first, first + length) for first, length in zip(begin, size))
+    return tuple(slice(first, first + length) for first, length in zip(begin, size))
 
 
 def decompressed_voxels(start: Sequence[int], shape: Sequence[int], volume_shape: Sequence[int]) -> int:
@@ -206,19 +215,19 @@ def write_case(
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing unfinished is left under a final name.
     """
-    array = _array(voxels)
+    array = compressed(voxels)
     array.schunk.vlmeta[RECORD] = json.dumps({"made_from": made_from, "case": dataclasses.asdict(case)})
     array.schunk.vlmeta[FOREGROUND] = foreground.astype("<u2").tobytes()
     # The index speaks of files that are about to change.
     (folder / INDEX).unlink(missing_ok=True)
     if case.anonymised_file is not None and anonymised is not None:
-        write_atomically(folder / case.anonymised_file, _array(anonymised).to_cframe())
+        write_atomically(folder / case.anonymised_file, compressed(anonymised).to_cframe())
     write_atomically(folder / case.file, array.to_cframe())
 
 
 def read_case(folder: Path, file: str, made_from: dict[str, Any]) -> StoredCase | None:
     """The record of a complete case that is made from just this; None where there is none."""
-    record = _read_record(folder / file)
+    record = read_record(folder / file)
     if record is None or record.get("made_from") != made_from:
         return None
     case = StoredCase.from_json(record["case"])
@@ -227,8 +236,9 @@ def read_case(folder: Path, file: str, made_from: dict[str, Any]) -> StoredCase 
     return case
 
 
-def _array(values: NDArray[Any]) -> blosc2.NDArray:
-    chunk = tuple(min(CHUNK_SIDE, side) for side in values.shape)
+def compressed(values: NDArray[Any]) -> blosc2.NDArray:
+    """[D, H, W], or [C, D, H, W] of channels that can be read apart, in blocks and in memory."""
+    chunk = (1,) * (values.ndim - 3) + tuple(min(CHUNK_SIDE, side) for side in values.shape[-3:])
     return blosc2.asarray(
         values,
         chunks=chunk,
@@ -242,12 +252,12 @@ def _array(values: NDArray[Any]) -> blosc2.NDArray:
     )
 
 
-def _read_record(file: Path) -> dict[str, Any] | None:
+def read_record(file: Path) -> dict[str, Any] | None:
     """What a case file says of itself; None where there is no file, or none that can be read."""
     if not file.is_file():
         return None
     try:
-        array = _open_array(file)  # by a name: the records die with it
+        array = open_array(file)  # by a name: the records die with it
         record: dict[str, Any] = json.loads(array.schunk.vlmeta[RECORD])
     except (RuntimeError, ValueError, KeyError):  # a damaged or foreign file is written anew
         return None
@@ -255,18 +265,18 @@ def _read_record(file: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _damage_named(file: Path) -> Iterator[blosc2.NDArray]:
+def damage_named(file: Path) -> Iterator[blosc2.NDArray]:
     """The open array; what blosc2 says of a damaged file becomes an OSError that names it."""
     try:
-        yield _open_array(file)
+        yield open_array(file)
     except (RuntimeError, FileNotFoundError) as error:
         raise OSError(
-            f"{file} is damaged or gone; preprocess the same images into this folder again, which makes only this one "
-            "anew"
+            f"{file} is damaged or gone; prepare the same images in this folder again, which makes only this one anew"
         ) from error
 
 
-def _open_array(file: Path) -> blosc2.NDArray:
+def open_array(file: Path) -> blosc2.NDArray:
+    """The array of a file, to be read on one thread."""
     # One thread: blosc2's thread pool would not survive a fork.
     return blosc2.open(str(file), mode="r", dparams={"nthreads": 1})
 

@@ -201,7 +201,7 @@ def test_damaged_case_file_is_redone(images: list[Path], tmp_path: Path) -> None
     second.write_bytes(second.read_bytes()[:500])
     store = VolumeStore(folder)
     for case in (0, 1):
-        with pytest.raises(OSError, match=rf"/store/{store.cases[case].file} is damaged or gone; preprocess the same"):
+        with pytest.raises(OSError, match=rf"/store/{store.cases[case].file} is damaged or gone; prepare the same"):
             store.read(case)
     assert bring_in(images, folder) == (2, 1, 0)
     store.read(0)

@@ -19,7 +19,7 @@ def ball(shape: Sequence[int], seed: int = 0) -> tuple[NDArray[np.float32], NDAr
     axes = np.meshgrid(*(np.linspace(-1, 1, side) for side in shape), indexing="ij")
     radius = np.sqrt(sum((axis - shift) ** 2 for axis, shift in zip(axes, (0.2, -0.1, 0.0))))
     label = (radius < 0.6).astype(np.uint8) + (radius < 0.3).astype(np.uint8)
-    image = 20 + 30.0 * label + rng.normal(0, 3, size=shape)
+    image = 20 + 30.0 * label + rng.normal(0, 3, size=shape).clip(-9, 9)
     image[0] = image[:, -2:] = 0  # so that there is something to crop
     return image.astype(np.float32), label
 
@@ -37,12 +37,12 @@ def write_dataset(
     channels: Sequence[str] = ("MRI",),
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),  # (x, y, z)
 ) -> Path:
-    """Writes `cases` cases `case_0`, ... of channels that differ by a factor."""
+    """Writes `cases` cases `case_0`, ... of channels of the same shape and another contrast."""
     affine = np.diag([*spacing_mm, 1.0])
     for number in range(cases):
         image, label = ball(shape, number)
         for channel in range(len(channels)):
-            save(folder / "imagesTr" / f"case_{number}_{channel:04d}.nii.gz", image * (channel + 1), affine)
+            save(folder / "imagesTr" / f"case_{number}_{channel:04d}.nii.gz", image ** (1 + channel / 2), affine)
         save(folder / "labelsTr" / f"case_{number}.nii.gz", label, affine)
     describe(folder, channel_names={str(number): name for number, name in enumerate(channels)}, numTraining=cases)
     return folder

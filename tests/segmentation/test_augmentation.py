@@ -47,6 +47,21 @@ def test_label_and_image_are_moved_alike(store: CaseStore, monkeypatch: pytest.M
         assert set(sample["label"].unique().tolist()) == {0, 1, 2}
 
 
+def test_a_label_is_that_of_the_nearest_voxel(store: CaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patch is as large as the case, so that it lies in its middle."""
+    size = store.cases[0].shape
+    dataset = SegmentationPatches(store, ["case_0"], size, seed=0, length=1, augmentation=True)
+    assert dataset.augmentation is not None
+    monkeypatch.setattr(dataset.augmentation, "spatial", Always())
+    labels = store.read_labels(0)
+    middle = (np.array(size) - 1) / 2
+    offsets = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) - middle
+    places = np.round(middle + offsets @ Always().draw(np.random.default_rng()).matrix.T).astype(int)
+    within = ((places >= 0) & (places < size)).all(axis=-1)
+    expected = np.where(within, labels[tuple(np.moveaxis(places.clip(0, np.array(size) - 1), -1, 0))], 0)
+    assert (dataset[0]["label"][0].numpy() == np.flip(expected, (0, 2))).mean() > 0.999
+
+
 def test_a_mirrored_patch_is_the_patch_mirrored(store: CaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
     mirrored, plain = (
         SegmentationPatches(store, ["case_0", "case_1"], (12, 16, 20), seed=0, length=4, augmentation=augmentation)

@@ -133,8 +133,9 @@ def test_processes_make_the_same_store(dataset: RawDataset, plan: SegmentationPl
 def test_a_bad_case_stops_or_is_left_out(
     dataset: RawDataset, plan: SegmentationPlan, tmp_path: Path, workers: int
 ) -> None:
-    spoil(dataset, 1)
     folder = tmp_path / "store"
+    prepare(dataset, plan, folder)
+    spoil(dataset, 1)
     with pytest.raises(BadImageError, match=r"labelsTr/case_1\.nii\.gz: is empty"):
         prepare(dataset, plan, folder, workers=workers)
     with pytest.raises(FileNotFoundError, match="the cases are not prepared"):

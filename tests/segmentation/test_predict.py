@@ -151,10 +151,12 @@ def test_the_record_says_what_the_folder_holds(setting: dict[str, Any]) -> None:
     assert json.loads((config.output_dir / "prediction.json").read_text()) == record
 
 
-def test_overwrite_makes_all_of_it_again(setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", [{"overlap": 0.25}, {"mirror": True}])
+def test_overwrite_makes_all_of_it_again(change: dict[str, Any], setting: dict[str, Any]) -> None:
     predict(PredictConfig(**setting))
     before = contents(setting["output_dir"])
-    assert predict(PredictConfig(**setting, overlap=0.25, overwrite=True)).predicted == ("case_0", "case_1", "case_2")
+    summary = predict(PredictConfig(**setting, **change, overwrite=True))
+    assert summary.predicted == ("case_0", "case_1", "case_2")
     assert contents(setting["output_dir"])["case_1.nii.gz"] != before["case_1.nii.gz"]
     predict(PredictConfig(**setting, overwrite=True))
     assert contents(setting["output_dir"]) == before
@@ -264,19 +266,17 @@ def test_answers_that_are_not_finite_are_no_background(
     assert not (setting["output_dir"] / "case_0.nii.gz").exists()
 
 
+@pytest.mark.parametrize("failing", ["case_0", "case_2"])  # the last one is waited for elsewhere
 def test_a_segmentation_that_cannot_be_written_stops_the_run(
-    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    failing: str, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError("cannot write")
+    def write(path: Path, *_: object) -> None:
+        if path.name.startswith(failing):
+            raise OSError("cannot write")
 
-    monkeypatch.setattr(module, "write_segmentation", full)
-    for images in ("case_0", "case_1", "case_2"):  # also where it is the last
-        with pytest.raises(OSError, match="cannot write"):
-            predict(PredictConfig(**setting))
-        (setting["images"] / f"{images}_0000.nii.gz").unlink()
-        if images == "case_1":
-            break
+    monkeypatch.setattr(module, "write_segmentation", write)
+    with pytest.raises(OSError, match="cannot write"):
+        predict(PredictConfig(**setting))
 
 
 def test_half_precision_is_nearly_the_same(setting: dict[str, Any], tmp_path: Path) -> None:

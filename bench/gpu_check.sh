@@ -52,6 +52,7 @@ part build 240 env S3D_CUDA=1 "$python" setup.py build_ext --inplace
 part selfcheck 60 "$python" -m s3d_kernels.selfcheck --device cuda
 part tests 150 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_gpu.py
 part trainer 90 "$python" -m pytest -q -p no:cacheprovider tests/test_pretrain_gpu.py
+part segmentation 60 "$python" -m pytest -q -p no:cacheprovider tests/segmentation/test_finetune_gpu.py
 # Without torch's pool of memory, in which an access beyond a tensor is one to another.
 for tool in memcheck racecheck; do
   part "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \

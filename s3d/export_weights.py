@@ -43,6 +43,11 @@ def export(config: ExportConfig) -> None:
     if config.output.exists():
         raise ValueError(f"output {config.output} exists; remove it or give another name")
     saved = load_checkpoint(config.checkpoint)
+    if "plan" in saved:
+        raise ValueError(
+            f"{config.checkpoint} is a checkpoint of s3d finetune, whose network is a plain one already: take it as "
+            "docs/finetuning.md shows; accepted: checkpoints of s3d pretrain and s3d import"
+        )
     unet = plain_unet(saved, config.weights)
     # What the volumes had, where the run knew it; its settings tell only what images were to be resampled to.
     settings = saved["config"] | {name: saved[name] for name in ("spacing_mm",) if name in saved}

@@ -11,7 +11,19 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
-PARTS = ["machine", "build", "selfcheck", "tests", "trainer", "memcheck", "racecheck", "layers", "steps", "profile"]
+PARTS = [
+    "machine",
+    "build",
+    "selfcheck",
+    "tests",
+    "trainer",
+    "segmentation",
+    "memcheck",
+    "racecheck",
+    "layers",
+    "steps",
+    "profile",
+]
 
 
 def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ from small_dataset import describe, write_dataset
 from s3d.checkpoint import load_checkpoint, save_checkpoint
 from s3d.cli import main
 from s3d.distributed import Processes
+from s3d.export_weights import ExportConfig, export
 from s3d.model import build_unet
 from s3d.segmentation import finetune as finetune_module
 from s3d.segmentation.finetune import FinetuneResult, finetune
@@ -234,6 +235,13 @@ def test_a_fine_tuned_model_can_be_fine_tuned(
     finetune(config)
     plan = load_checkpoint(config.output_dir / "checkpoint.pt")["plan"]
     assert plan["patch_size"] == [12, 16, 12]
+
+
+def test_a_fine_tuned_model_is_not_exported_as_a_pre_trained_one(
+    finished: tuple[FinetuneConfig, FinetuneResult], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="is a checkpoint of s3d finetune"):
+        export(ExportConfig(finished[1].checkpoint, format="unet", output=tmp_path / "unet.pth"))
 
 
 def test_a_dynamic_plan_trains(dataset: Path, tmp_path: Path) -> None:

@@ -302,6 +302,10 @@ def test_a_run_of_pre_training_is_not_gone_on_with(dataset: Path, pretrained: Pa
         ({"foreground": 2.0}, "foreground must be in"),
         ({"warmup_steps": 3}, "schedule scratch has no warm-up"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"weights": "ema"}, "weights goes with a checkpoint"),
+        ({"scope": "encoder"}, "scope goes with a checkpoint"),
+        ({"splits": Path("splits.json"), "fold": "all"}, "splits goes with the number of a fold"),
+        ({"memory_gib": 20.0}, "memory_gib goes with patch dynamic"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -63,11 +63,16 @@ def plain_unet(saved: dict[str, Any], weights: Literal["raw", "ema"]) -> Residua
     """The plain U-Net of a checkpoint's content, on the CPU. Its tied modules are tied, so a file stores them once.
 
     Raises:
-        ValueError: no such weights in the checkpoint.
+        ValueError: no such weights in the checkpoint, or it is not one of pre-training.
     """
     entry = {"raw": "network", "ema": "ema"}[weights]
     if entry not in saved:
         raise ValueError(f"weights {weights}: the checkpoint has none, because its run kept no average; accepted: raw")
+    if "plan" in saved:
+        raise ValueError(
+            "the checkpoint is one of s3d finetune, whose weights need no export (docs/finetuning.md shows how to load "
+            "them); give a checkpoint of s3d pretrain"
+        )
     unet = build_unet(saved["config"]["preset"])
     unet.load_state_dict(saved[entry])
     return unet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def _pretrain(config: PretrainConfig) -> None:
 def _finetune(config: FinetuneConfig) -> None:
     result = finetune(config)
     if result.steps == config.steps and FIRST:
-        print(f"validation Dice {result.validation_dice:.4f}; checkpoint: {result.checkpoint}")
+        dice = "" if math.isnan(result.validation_dice) else f"validation Dice {result.validation_dice:.4f}; "
+        print(f"{dice}checkpoint: {result.checkpoint}")
 
 
 def _predict(config: PredictConfig) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(ABC):
     """What pre-training and fine-tuning runs share."""
 
     output_dir: Path

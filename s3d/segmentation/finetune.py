@@ -45,7 +45,8 @@ class FinetuneResult:
 
     Attributes:
         steps: steps done; fewer than asked for if a signal stopped the run.
-        validation_dice: mean over foreground classes and cases at the last validation; NaN without validation cases.
+        validation_dice: mean over foreground classes and cases at the last validation; NaN before the first, or without
+            validation cases.
         seconds_per_step: median over this session's steps after the first.
         checkpoint: the file; there is none after `prepare_only`.
     """
@@ -103,7 +104,10 @@ def _run(config: FinetuneConfig, group: Processes) -> FinetuneResult:
     else:
         store = prepare_dataset(cases, plan, folder, skip_bad=config.skip_bad, workers=config.workers)
     for error in store.skipped:
-        log.warning("skipped %s", error)
+        if not config.skip_bad:  # whoever prepared the cases skipped it
+            raise error
+        if group.first:
+            log.warning("skipped %s", error)
     if config.prepare_only:
         log.info("%d cases are prepared in %s", len(store), store.folder)
         return _result(config, state, float("nan"))
@@ -111,18 +115,22 @@ def _run(config: FinetuneConfig, group: Processes) -> FinetuneResult:
     training, validation = (
         [case.name for case in chosen if case.name in prepared] for chosen in (training_cases, validation_cases)
     )
+    if not training:
+        raise ValueError(f"all training cases are bad, for example {store.skipped[0]}")
     data = {"training": store.describe(training), "validation": store.describe(validation)}
     check_same_everywhere(group, hashlib.sha256(json.dumps(data).encode()).hexdigest(), f"cases in {folder}")
     parts = choose_parts(config, group, dense_step_memory(config, network, plan.network, plan.patch_size))
     fitted = build_segmentation_training(config, network.to(group.device), state.step)
+    if group.first:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / PLAN, (json.dumps(plan.plain(), indent=2) + "\n").encode())
     if saved is not None:
         check_same_data(data, saved["data"], output)
         fitted.load_state(saved)
         log.info("resuming at step %d of %d", state.step, config.steps)
         del saved
     elif group.first:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / PLAN, (json.dumps(plan.plain(), indent=2) + "\n").encode())
+        (output / TRANSFER).unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
         if rows:
             write_transfer_table(rows, output / TRANSFER)
             log.info("%s: %s; every tensor is in %s", config.checkpoint, transfer_summary(rows), output / TRANSFER)

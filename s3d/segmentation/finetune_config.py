@@ -89,6 +89,14 @@ class FinetuneConfig(RunSettings):
                 f"schedule {self.schedule_name} freezes the encoder, which makes sense with pre-trained weights only; "
                 "give a checkpoint, or take schedule scratch"
             )
+        for name, unused, goes_with in (
+            ("scope", self.checkpoint is None, "a checkpoint"),
+            ("weights", self.checkpoint is None, "a checkpoint"),
+            ("splits", self.fold == "all", "the number of a fold"),
+            ("memory_gib", self.patch == "fixed", "patch dynamic"),
+        ):
+            if unused and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} goes with {goes_with}; give that too, or leave {name} out")
         _ = self.learning_rates  # which checks what it is made from
 
     @property

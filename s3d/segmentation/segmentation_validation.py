@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class SegmentationValidator:
 
         At the end of the run all cases are looked at, and ``validation.csv`` has each of them.
 
-        Returns: NaN where there is no case.
+        Returns: NaN where there is no case, or no class in any of them.
         """
         whole = step == self.config.steps
         cases = self.cases if whole else self.cases[:MAX_CASES]
@@ -89,13 +90,17 @@ class SegmentationValidator:
         network.decoder.deep_supervision = deep_supervision
         scores = {name: row for part in self.processes.gather(scores) for name, row in part.items()}
         means = _means(np.array(list(scores.values())))
+        known = {
+            dice_column(name): float(mean)
+            for name, mean in zip(self.plan.class_names[1:], means, strict=True)
+            if not np.isnan(mean)
+        }
+        mean_dice = statistics.fmean(known.values()) if known else float("nan")
         if training_log is not None:
-            by_class = {dice_column(name): score for name, score in zip(self.plan.class_names[1:], means, strict=True)}
-            known = {name: score for name, score in by_class.items() if not np.isnan(score)}
-            training_log.write(step, validation_dice=float(np.nanmean(means)), **known)
+            training_log.write(step, validation_dice=mean_dice, **known)
             if whole:
                 self._write_table(scores)
-        return float(np.nanmean(means))
+        return mean_dice
 
     def _picture(
         self,

@@ -23,6 +23,7 @@ from s3d.distributed import Processes
 from s3d.export_weights import ExportConfig, export
 from s3d.model import build_unet
 from s3d.segmentation import finetune as finetune_module
+from s3d.segmentation import segmentation_validation as segmentation_validation_module
 from s3d.segmentation.finetune import FinetuneResult, finetune
 from s3d.segmentation.finetune_config import FinetuneConfig
 from s3d.segmentation.loss import SegmentationLoss
@@ -275,6 +276,80 @@ def test_a_bad_case_is_named_or_skipped(dataset: Path, tmp_path: Path, caplog: p
     assert any("skipped" in message and "case_1_0000" in message for message in caplog.messages)
 
 
+def test_a_data_set_without_a_good_training_case_is_refused(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "Dataset001_Balls"
+    shutil.copytree(dataset, folder)
+    image = folder / "imagesTr" / "case_0_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[:200])
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["case_0"], "val": ["case_3"]}]))
+    with pytest.raises(ValueError, match=r"all training cases are bad, for example .*case_0_0000"):
+        finetune(configure(folder, tmp_path / "run", skip_bad=True))
+
+
+def test_cases_skipped_by_whoever_prepared_them_are_refused_without_skip_bad(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes open what one has prepared; here one does, as if it were the first of two."""
+    folder, cases = tmp_path / "Dataset001_Balls", tmp_path / "cases"
+    shutil.copytree(dataset, folder)
+    image = folder / "imagesTr" / "case_1_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[:200])
+    finetune(configure(folder, tmp_path / "run", cases=cases, skip_bad=True, prepare_only=True))
+    monkeypatch.setattr(
+        finetune_module,
+        "prepare_dataset",
+        lambda chosen, plan, where, **_: finetune_module.open_dataset(chosen, plan, where),
+    )
+    with pytest.raises(ValueError, match="case_1_0000"):
+        finetune(configure(folder, tmp_path / "run", cases=cases, steps=2))
+    assert finetune(configure(folder, tmp_path / "run", cases=cases, steps=2, skip_bad=True)).steps == 2
+
+
+def test_classes_that_no_case_has_do_not_count(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [0.5, float("nan")]
+    monkeypatch.setattr(segmentation_validation_module, "dice", lambda *_: np.array(scores))
+    assert finetune(configure(dataset, tmp_path / "one", steps=2)).validation_dice == 0.5
+    scores[0] = float("nan")
+    assert np.isnan(finetune(configure(dataset, tmp_path / "none", steps=2)).validation_dice)
+
+
+def test_a_run_without_validation_says_nothing_of_dice(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps([{"train": ["case_0"], "val": []}]))
+    options = f"--dataset {dataset} --output-dir {tmp_path / 'run'} --splits {splits} --preset tiny --steps 2"
+    main(["finetune", *options.split(), "--patch-size", "12", "16", "12", "--device", "cpu", "--workers", "0"])
+    assert capsys.readouterr().out == f"checkpoint: {tmp_path / 'run' / 'checkpoint.pt'}\n"
+
+
+def test_a_run_can_begin_from_a_checkpoint_of_another_folder(
+    finished: tuple[FinetuneConfig, FinetuneResult], dataset: Path, tmp_path: Path
+) -> None:
+    config = configure(dataset, tmp_path / "first")
+    _stopped_at(config, 3)
+    second = configure(dataset, tmp_path / "second", resume=str(tmp_path / "first" / "checkpoint.pt"))
+    finetune(second)
+    assert losses(second.output_dir) == losses(finished[0].output_dir)[3:]
+    assert (second.output_dir / "plan.json").read_text() == (config.output_dir / "plan.json").read_text()
+
+
+def test_the_table_of_a_run_that_left_no_checkpoint_is_not_that_of_the_next(
+    dataset: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    def killed(*_: object) -> object:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentationStep, "losses", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(configure(dataset, tmp_path / "run", checkpoint=pretrained))
+    assert (tmp_path / "run" / "transfer.csv").exists()
+    finetune(configure(dataset, tmp_path / "run", steps=1))
+    assert not (tmp_path / "run" / "transfer.csv").exists()
+    assert "Transferred weights" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
 def test_other_data_or_settings_do_not_go_on(
     finished: tuple[FinetuneConfig, FinetuneResult], dataset: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +385,10 @@ def test_a_run_of_pre_training_is_not_gone_on_with(dataset: Path, pretrained: Pa
         ({"foreground": 2.0}, "foreground must be in"),
         ({"warmup_steps": 3}, "schedule scratch has no warm-up"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"weights": "ema"}, "weights goes with a checkpoint"),
+        ({"scope": "encoder"}, "scope goes with a checkpoint"),
+        ({"splits": Path("splits.json"), "fold": "all"}, "splits goes with the number of a fold"),
+        ({"memory_gib": 20.0}, "memory_gib goes with patch dynamic"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -342,9 +421,8 @@ def test_the_loss_is_dice_and_cross_entropy() -> None:
     expected = 1 - dice - share.log().mul(truth).sum(1).mean()
     loss = SegmentationLoss()
     assert loss(logits, labels) == pytest.approx(float(expected), rel=1e-5)
-    # Two resolutions that count, and a third that does not.
+    # Two resolutions that count, and a third that does not. The nearest of two voxels is the second.
     small = torch.randn(2, 3, 2, 5, 3)
-    ends = loss([logits, small, torch.full((2, 3, 1, 1, 1), float("nan"))], labels)
-    assert ends == pytest.approx(
-        float((2 * expected + loss(small, labels[:, :, ::2, :, ::2].contiguous())) / 3), rel=0.2
-    )
+    both = loss([logits, small, torch.full((2, 3, 1, 1, 1), float("nan"))], labels)
+    coarse = loss(small, labels[:, :, 1::2, :, 1::2])
+    assert both == pytest.approx(float((2 * expected + coarse) / 3), rel=1e-5)

@@ -5,6 +5,7 @@ As in pre-training, a run is a pure function of its configuration: the patches o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -28,7 +29,7 @@ from .finetune_config import FinetuneConfig
 from .finetune_report import TRANSFER, write_finetune_report
 from .patches import SegmentationPatches
 from .plan import SegmentationPlan
-from .planning import dynamic_plan, fixed_plan
+from .planning import dynamic_plan, fixed_plan, kept_plan
 from .raw_dataset import RawDataset, choose_split, read_raw_dataset
 from .segmentation_step import SegmentationStep, build_segmentation_training
 from .segmentation_validation import SegmentationValidator, dice_column
@@ -98,7 +99,7 @@ def _run(config: FinetuneConfig, group: Processes) -> FinetuneResult:
         return _result(config, state, float("nan"))
     # Once each: with fold "all" a case is on both sides.
     cases = list({case.name: case for case in (*training_cases, *validation_cases)}.values())
-    folder = config.cases or output / "cases"
+    folder = config.case_folder
     if group.world > 1:
         store = open_dataset(cases, plan, folder)
     else:
@@ -201,21 +202,17 @@ def make_plan(
         old = {**pretrained["config"], **pretrained.get("plan", {})}
         old |= {name: pretrained[name] for name in ("spacing_mm", "preset") if name in pretrained}
     preset = config.preset or old.get("preset") or "resenc-l"
+    wanted: dict[str, Any] = {"preset": preset}
     if config.patch == "dynamic":
         # A plan counts memory in half precision.
         memory_gib = config.memory_gib / (2 if config.precision == "float32" else 1)
-        plan = dynamic_plan(
-            dataset,
-            preset,
-            memory_gib,
-            batch_size=config.batch_size,
-            skip_bad=config.skip_bad,
-            workers=config.workers,
-        )
-        return plan, preset
-    spacing = config.spacing_mm or old.get("spacing_mm") or 1.0
-    patch = config.patch_size or old.get("patch_size") or (160, 160, 160)
-    return fixed_plan(dataset, preset, spacing, patch, skip_bad=config.skip_bad, workers=config.workers), preset
+        wanted |= {"memory_gib": memory_gib, "batch_size": config.batch_size}
+    else:
+        wanted["spacing_mm"] = config.spacing_mm or old.get("spacing_mm") or 1.0
+        wanted["patch_size"] = config.patch_size or old.get("patch_size") or (160, 160, 160)
+    wanted["skip_bad"] = config.skip_bad
+    plan = functools.partial(dynamic_plan if config.patch == "dynamic" else fixed_plan, dataset, **wanted)
+    return kept_plan(plan, config.patch, dataset, wanted, config.case_folder, config.workers), preset
 
 
 def _saved_plan(saved: dict[str, Any], dataset: RawDataset) -> SegmentationPlan:

@@ -100,6 +100,11 @@ class FinetuneConfig(RunSettings):
         _ = self.learning_rates  # which checks what it is made from
 
     @property
+    def case_folder(self) -> Path:
+        """Where prepared cases are."""
+        return self.cases or self.output_dir / "cases"
+
+    @property
     def schedule_name(self) -> ScheduleName:
         """The given schedule, or the usual one."""
         return self.schedule or ("scratch" if self.checkpoint is None else "sawtooth")

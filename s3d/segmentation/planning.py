@@ -7,9 +7,11 @@ Source: nnU-Net's ExperimentPlanner (Isensee et al., Nature Methods 2021) and it
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from numpy.typing import NDArray
 
 from s3d.data.patches import check_patch_size
+from s3d.data.preparing import short_hash
 from s3d.data.reading import by
+from s3d.data.store import write_atomically
 from s3d.data.volume import check_spacing
 from s3d.model import NetworkShape, build_network, preset_shape
 from s3d.segmentation.fingerprint import Fingerprint, read_fingerprint
@@ -62,7 +66,7 @@ def fixed_plan(
     if spacing is None:
         raise ValueError("spacing_mm must be one positive number or three of them, got None")
     patch = check_patch(patch_size, network)
-    if not any(name.casefold() == CT for name in dataset.channel_names):
+    if not _has_ct(dataset):
         return _plan(dataset, "fixed", spacing, patch, network, None)
     fingerprint = read_fingerprint(dataset, skip_bad=skip_bad, workers=workers, progress=progress)
     return _plan(dataset, "fixed", spacing, patch, network, fingerprint)
@@ -209,6 +213,45 @@ def feature_values(network: NetworkShape, patch_size: Sequence[int], channels: i
 def _weightless(network: NetworkShape, channels: int, classes: int) -> ResidualEncoderUNet:
     with torch.device("meta"):
         return build_network(network, channels, classes)
+
+
+def kept_plan(
+    make: Callable[..., SegmentationPlan],
+    kind: str,
+    dataset: RawDataset,
+    settings: dict[str, Any],
+    folder: Path,
+    workers: int,
+) -> SegmentationPlan:
+    """The plan that an earlier call has kept, if it was of the same settings and files; otherwise a new one is kept.
+
+    Only plans for which all images are read are kept: those that take no time are made anew.
+
+    Args:
+        make: makes the plan.
+        kind: "fixed" or "dynamic".
+        dataset: to be segmented.
+        settings: what decides, beside the data set.
+        folder: of prepared cases.
+        workers: processes that read images.
+    Raises: as `make` does.
+    """
+    if kind == "fixed" and not _has_ct(dataset):
+        return make(workers=workers)
+    files = [file for case in dataset.training for file in (*case.images, case.label) if file is not None]
+    versions = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    names = [dataset.name, dataset.channel_names, dataset.class_names, dataset.file_ending]
+    file = folder / f"plan-{short_hash(json.dumps([kind, settings, names, versions]))}.json"
+    if file.is_file():
+        return SegmentationPlan.from_plain(json.loads(file.read_text(encoding="utf-8")))
+    plan = make(workers=workers)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(plan.plain(), indent=1).encode())
+    return plan
+
+
+def _has_ct(dataset: RawDataset) -> bool:
+    return any(name.casefold() == CT for name in dataset.channel_names)
 
 
 def check_patch(patch_size: Sequence[int], network: NetworkShape) -> Voxels:

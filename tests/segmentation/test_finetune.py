@@ -23,6 +23,7 @@ from s3d.distributed import Processes
 from s3d.export_weights import ExportConfig, export
 from s3d.model import build_unet
 from s3d.segmentation import finetune as finetune_module
+from s3d.segmentation import planning as planning_module
 from s3d.segmentation import segmentation_validation as segmentation_validation_module
 from s3d.segmentation.finetune import FinetuneResult, finetune
 from s3d.segmentation.finetune_config import FinetuneConfig
@@ -249,6 +250,31 @@ def test_a_dynamic_plan_trains(dataset: Path, tmp_path: Path) -> None:
     config = configure(dataset, tmp_path / "run", patch="dynamic", patch_size=None, steps=2)
     assert finetune(config).steps == 2
     assert load_checkpoint(config.output_dir / "checkpoint.pt")["plan"]["kind"] == "dynamic"
+
+
+def test_a_plan_that_took_time_is_made_once(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "Dataset001_Balls"
+    shutil.copytree(dataset, folder)
+    calls = []
+    read = planning_module.read_fingerprint
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return read(*arguments, **keywords)
+
+    monkeypatch.setattr(planning_module, "read_fingerprint", counted)
+    raw = finetune_module.read_raw_dataset(folder)
+    config = configure(folder, tmp_path / "run", patch="dynamic", patch_size=None)
+    plan = finetune_module.make_plan(config, raw, None)
+    assert finetune_module.make_plan(config, raw, None) == plan
+    assert len(calls) == 1
+    finetune_module.make_plan(
+        configure(folder, tmp_path / "run", patch="dynamic", patch_size=None, batch_size=4), raw, None
+    )
+    assert len(calls) == 2
+    os.utime(raw.training[0].images[0], (0, 0))
+    finetune_module.make_plan(config, raw, None)
+    assert len(calls) == 3
 
 
 def test_cases_can_be_shared_and_prepared_alone(dataset: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from s3d.data.reading import read_image, spacing_of
@@ -54,9 +53,3 @@ def score_case(task: CaseTask) -> NDArray[np.float64]:
             )
         )
     return np.array(scores).swapaxes(0, 1)
-
-
-def score_case_on_one_thread(task: CaseTask) -> NDArray[np.float64]:
-    """The same, where there are other processes for the other cores."""
-    torch.set_num_threads(1)
-    return score_case(task)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from tqdm import tqdm
 
 from s3d.data.reading import IMAGE_SUFFIXES, is_image, stem
 from s3d.data.store import write_atomically
-from s3d.data.workers import available_cores, run_in_processes
-from s3d.segmentation.case_scores import CaseTask, score_case, score_case_on_one_thread
+from s3d.data.workers import available_cores, work_through
+from s3d.segmentation.case_scores import CaseTask, score_case
 from s3d.segmentation.evaluation_report import evaluation_report
 from s3d.segmentation.raw_dataset import read_class_names
 from s3d.segmentation.scores import Scores, scores_csv
@@ -90,12 +91,9 @@ def evaluate(config: EvaluateConfig) -> Scores:
 def _score(tasks: Sequence[CaseTask], workers: int | None) -> NDArray[np.float64]:
     """[2, runs, cases, classes]"""
     workers = available_cores() if workers is None else workers
-    results: Iterable[tuple[CaseTask, NDArray[np.float64]]]
-    if workers:
-        results = run_in_processes(score_case_on_one_thread, tasks, workers)
-    else:
-        results = ((task, score_case(task)) for task in tasks)
-    done = {task.name: scores for task, scores in tqdm(results, total=len(tasks), unit="case", desc="evaluating cases")}
+    with contextlib.closing(work_through(score_case, tasks, workers)) as results:
+        bar = tqdm(results, total=len(tasks), unit="case", desc="evaluating cases")
+        done = {task.name: scores for task, scores in bar}
     return np.stack([done[task.name] for task in tasks], axis=2)
 
 

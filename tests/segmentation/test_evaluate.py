@@ -150,7 +150,7 @@ def test_cases_may_be_done_in_any_order(config: EvaluateConfig, monkeypatch: pyt
         return [(task, score_case(task)) for task in reversed(tasks)]
 
     alone = evaluate(config)
-    monkeypatch.setattr("s3d.segmentation.evaluate.run_in_processes", backwards)
+    monkeypatch.setattr("s3d.data.workers.run_in_processes", backwards)
     assert scores_csv(evaluate(replace(config, workers=1))) == scores_csv(alone)
 
 

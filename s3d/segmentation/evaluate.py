@@ -19,7 +19,7 @@ from s3d.segmentation.case_scores import CaseTask, score_case
 from s3d.segmentation.evaluation_report import evaluation_report
 from s3d.segmentation.raw_dataset import read_class_names
 from s3d.segmentation.scores import Scores, scores_csv
-from s3d.segmentation.summary import comparisons_csv, summarise, summary_csv, summary_markdown
+from s3d.segmentation.summary import MEAN, comparisons_csv, summarise, summary_csv, summary_markdown
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,12 @@ def evaluate(config: EvaluateConfig) -> Scores:
     Raises:
         FileNotFoundError: a folder, a prediction, an image or dataset.json is missing.
         BadImageError: a file cannot be read, holds values that dataset.json does not name, or lies on another grid.
-        ValueError: two runs or two cases have one name, or a run has nothing to score.
+        ValueError: two runs or two cases have one name, a class is called "mean", or a run has nothing to score.
     """
-    class_names = read_class_names(_dataset_json(config))
+    dataset_json = _dataset_json(config)
+    class_names = read_class_names(dataset_json)
+    if MEAN in class_names:
+        raise ValueError(f"{dataset_json}: a class is called {MEAN!r}, as the mean of all classes is; rename it")
     runs = _runs(config.predictions)
     tasks = _tasks(config, runs, class_names)
     images = None if config.images is None else _images(config.images, [task.name for task in tasks])
@@ -114,8 +117,11 @@ def _runs(predictions: Sequence[str]) -> dict[str, Path]:
     runs: dict[str, Path] = {}
     for text in predictions:
         name, _, folder = text.partition("=")
-        path = Path(folder) if folder else Path(text)
-        name = name if folder else path.resolve().name
+        if not folder or Path(text).is_dir():  # a folder may have the sign in its own name
+            name, folder = Path(text).resolve().name, text
+        if not name:
+            raise ValueError(f"predictions: {text!r} names no run before the =; give NAME=FOLDER or FOLDER")
+        path = Path(folder)
         if name in runs:
             raise ValueError(
                 f"predictions: {runs[name]} and {path} are both called {name!r}; name them, as in "

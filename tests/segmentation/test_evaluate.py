@@ -307,7 +307,7 @@ def test_results_that_cannot_be_ranked(tmp_path: Path) -> None:
     whole = "run,case,class,dice,nsd\na,x,one,0.5,\na,y,one,0.5,0.5\n"
     for content, message in (
         (whole.replace("a,y", "a,x"), "has 2 rows where each of 1 runs, 1 cases and 1 classes"),
-        (whole.removesuffix(",0.5\n"), "row 3 has dice '0.5' and nsd None, each must be 0 to 1 or empty"),
+        (whole.removesuffix(",0.5\n"), "row 3 has dice '0.5' and nsd None; each must be 0 to 1 or empty"),
         (whole.replace("0.5,\n", "0.5,?\n"), r"row 2 has dice '0\.5' and nsd '\?'"),
         (whole.replace("0.5,\n", "7,\n"), "row 2 has dice '7' and nsd ''"),
     ):

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -128,3 +128,19 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
     return dict(content)
+
+
+def weights_of(saved: dict[str, Any], weights: Literal["network", "ema"], checkpoint: str) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint's content, or their moving average.
+
+    Args:
+        saved: the content.
+        weights: which.
+        checkpoint: its file, for the message.
+    Raises:
+        ValueError: it has no such weights.
+    """
+    if weights not in saved:
+        why = ", because its run kept no average; accepted: network" if weights == "ema" else "; it is not whole"
+        raise ValueError(f"weights {weights}: {checkpoint} has none{why}")
+    return dict(saved[weights])

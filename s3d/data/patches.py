@@ -76,12 +76,7 @@ class PatchDataset(Dataset[Sample]):
         if not self.cases or not all(0 <= case < len(store) for case in self.cases):
             raise ValueError(f"cases must be one or more of 0 to {len(store) - 1}, got {list(self.cases)}")
         self.patch_size = check_patch_size(patch_size)
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
-        if length < 1:
-            raise ValueError(f"length must be 1 or more, got {length}")
-        if not 0 <= foreground_share <= 1:
-            raise ValueError(f"foreground_share must be within [0, 1], got {foreground_share}")
+        check_sampling(seed, length, foreground_share)
         self.seed = seed
         self.augmentation = augmentation
         self.length = length
@@ -100,22 +95,41 @@ class PatchDataset(Dataset[Sample]):
         return _sample(self.store, case, start, self.patch_size, transform)
 
     def _place(self, case: int, rng: np.random.Generator) -> list[int]:
-        """First voxel of a patch; negative where the patch is larger than the volume."""
-        shape = self.store.cases[case].shape
-        middle = centred(shape, self.patch_size)
+        centre = None
         # Without a share nothing is drawn, so that the patches are those of before there was one.
         if self.foreground_share and rng.random() < self.foreground_share:
             places = self.store.foreground(case)
             if len(places):
                 centre = places[rng.integers(len(places))].tolist()
-                return [
-                    min(max(voxel - length // 2, 0), side - length) if side >= length else first
-                    for voxel, side, length, first in zip(centre, shape, self.patch_size, middle)
-                ]
-        return [
-            int(rng.integers(side - length + 1)) if side >= length else first
-            for side, length, first in zip(shape, self.patch_size, middle)
-        ]
+        return place_in_volume(self.store.cases[case].shape, self.patch_size, centre, rng)
+
+
+def check_sampling(seed: int, length: int, foreground_share: float) -> None:
+    """ValueError unless these can be settings of `PatchDataset`."""
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
+    if length < 1:
+        raise ValueError(f"length must be 1 or more, got {length}")
+    if not 0 <= foreground_share <= 1:
+        raise ValueError(f"foreground_share must be within [0, 1], got {foreground_share}")
+
+
+def place_in_volume(
+    volume_shape: Sequence[int], patch_size: Sequence[int], centre: Sequence[int] | None, rng: np.random.Generator
+) -> list[int]:
+    """First voxel of a patch around a voxel, as close as the border allows, or (None) anywhere within the volume.
+
+    Along an axis where the patch is larger than the volume it is centred: the first voxel is negative.
+    """
+    first = []
+    for axis, (side, length, middle) in enumerate(zip(volume_shape, patch_size, centred(volume_shape, patch_size))):
+        if side < length:
+            first.append(middle)
+        elif centre is None:
+            first.append(int(rng.integers(side - length + 1)))
+        else:
+            first.append(min(max(centre[axis] - length // 2, 0), side - length))
+    return first
 
 
 def place_in_epoch(seed: int, i: int, cases: int) -> int:

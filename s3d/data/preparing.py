@@ -8,13 +8,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from s3d.data.store import (
     write_case,
 )
 from s3d.data.volume import check_spacing, load_volume
-from s3d.data.workers import run_in_processes
+from s3d.data.workers import work_through
 
 FOREGROUND_PLACES = 4096
 """Most voxels of the foreground that are remembered of a volume (24 KB, 1 % of a head), ..."""
@@ -120,13 +119,12 @@ def preprocess(
             done[number] = dataclasses.replace(stored, name=name, subject=source.subject, session=source.session)
     reused = len(done)
 
-    with contextlib.ExitStack() as stack:
-        outcomes: Iterable[tuple[_Task, StoredCase | BadImageError]] = ((task, _store(task)) for task in todo)
-        if workers and len(todo) > 1:  # for a single one it is not worth the start
-            outcomes = stack.enter_context(contextlib.closing(run_in_processes(_store_on_one_thread, todo, workers)))
-        bar = stack.enter_context(
-            tqdm(total=len(sources), initial=reused + len(bad), desc="preprocess", unit="image", disable=not progress)
-        )
+    with (
+        contextlib.closing(work_through(_store, todo, workers)) as outcomes,
+        tqdm(
+            total=len(sources), initial=reused + len(bad), desc="preprocess", unit="image", disable=not progress
+        ) as bar,
+    ):
         for task, outcome in outcomes:
             if isinstance(outcome, StoredCase):
                 done[task.number] = outcome
@@ -267,11 +265,6 @@ def _store(task: _Task) -> StoredCase | BadImageError:
     foreground = random_places(volume.foreground, _most_places(volume.foreground), seed=int(short_hash(task.file), 16))
     write_case(task.folder, task.made_from, case, voxels, foreground, volume.anonymised)
     return case
-
-
-def _store_on_one_thread(task: _Task) -> StoredCase | BadImageError:
-    torch.set_num_threads(1)  # there are other processes for the other cores
-    return _store(task)
 
 
 def _most_places(mask: NDArray[np.bool_]) -> int:

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
+import torch
+
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
@@ -41,6 +43,17 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def work_through(
+    work: Callable[[Task], Outcome], tasks: Sequence[Task], workers: int
+) -> Generator[tuple[Task, Outcome], None, None]:
+    """`run_in_processes`, or the same in this process: without workers, and for a single task, not worth the start."""
+    if workers and len(tasks) > 1:
+        yield from run_in_processes(work, tasks, workers)
+    else:
+        for task in tasks:
+            yield task, work(task)
+
+
 def run_in_processes(
     work: Callable[[Task], Outcome], tasks: Sequence[Task], workers: int
 ) -> Generator[tuple[Task, Outcome], None, None]:
@@ -48,7 +61,7 @@ def run_in_processes(
 
     Processes are started without a fork of this one (its threads and open files stay its own), so a script that calls
     this needs the usual `if __name__ == "__main__":`. They end after their present task when the iterator is closed,
-    or this process dies.
+    or this process dies. Each computes on one thread, as there are others for the other cores.
 
     Args:
         work: a function of a module, and tasks and outcomes: things that can be pickled.
@@ -109,6 +122,7 @@ def _receive(worker: _Worker[Any]) -> Any:
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, to all processes: the main one ends the others
     while True:
         try:

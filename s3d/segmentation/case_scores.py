@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from s3d.data.reading import BadImageError, RawImage, grid_difference, read_image, spacing_of
+from s3d.data.reading import read_image, spacing_of
 from s3d.data.source import ImageSource
+from s3d.segmentation.class_maps import class_map, read_on_grid
 from s3d.segmentation.metrics import dice, surface_dice
-
-MOST_NAMED = 8  # values of a file that an error lists
 
 
 @dataclass(frozen=True)
@@ -56,34 +53,3 @@ def score_case(task: CaseTask) -> NDArray[np.float64]:
             )
         )
     return np.array(scores).swapaxes(0, 1)
-
-
-def score_case_on_one_thread(task: CaseTask) -> NDArray[np.float64]:
-    """The same, where there are other processes for the other cores."""
-    torch.set_num_threads(1)
-    return score_case(task)
-
-
-def read_on_grid(path: Path, grid_path: Path, grid: RawImage) -> RawImage:
-    """Reads a file that must lie on the grid of another; BadImageError otherwise."""
-    image = read_image(ImageSource(path))
-    difference = grid_difference(image, grid)
-    if difference is not None:
-        raise BadImageError(
-            path, f"lies on another grid than {grid_path}: {difference}; resample it to the grid of the truth"
-        )
-    return image
-
-
-def class_map(path: Path, image: RawImage, class_names: Sequence[str]) -> NDArray[np.uint8]:
-    """The values of an image as classes, [D, H, W]; BadImageError where they are none."""
-    found = np.unique(image.intensities)
-    unknown = found[(found != np.round(found)) | (found < 0) | (found >= len(class_names))]
-    if len(unknown):
-        named = ", ".join(f"{value:g}" for value in unknown[:MOST_NAMED]) + ", ..." * (len(unknown) > MOST_NAMED)
-        raise BadImageError(
-            path,
-            f"holds values that dataset.json does not name: {named} (it names 0 to {len(class_names) - 1}); correct "
-            "the file, or give the dataset.json that belongs to it",
-        )
-    return image.intensities.astype(np.uint8)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from s3d.data.store import (
     remove_unfinished,
     write_atomically,
 )
-from s3d.data.workers import run_in_processes
+from s3d.data.workers import work_through
 from s3d.segmentation.plan import Millimetres, SegmentationPlan, Voxels
 from s3d.segmentation.prepared_case import CaseGrid, prepare_case
 from s3d.segmentation.raw_dataset import RawCase
@@ -215,19 +214,11 @@ def prepare_dataset(
             done[case.name] = stored
     if todo:  # the index speaks of files that are about to change
         (folder / INDEX).unlink(missing_ok=True)
-    with contextlib.ExitStack() as stack:
-        outcomes: Iterable[tuple[_Task, StoredLabelledCase | BadImageError]] = ((task, _store(task)) for task in todo)
-        if workers and len(todo) > 1:  # for a single one it is not worth the start
-            outcomes = stack.enter_context(contextlib.closing(run_in_processes(_store_on_one_thread, todo, workers)))
-        bar = stack.enter_context(
-            tqdm(
-                total=len(done) + len(bad) + len(todo),
-                initial=len(done) + len(bad),
-                desc="prepare",
-                unit="case",
-                disable=not progress,
-            )
-        )
+    ready = len(done) + len(bad)
+    with (
+        contextlib.closing(work_through(_store, todo, workers)) as outcomes,
+        tqdm(total=len(cases), initial=ready, desc="prepare", unit="case", disable=not progress) as bar,
+    ):
         for task, outcome in outcomes:
             if isinstance(outcome, StoredLabelledCase):
                 done[task.case.name] = outcome
@@ -353,8 +344,3 @@ def _store(task: _Task) -> StoredLabelledCase | BadImageError:
     write_atomically(task.folder / case.label_file, compressed(prepared.labels).to_cframe())
     write_atomically(task.folder / case.file, array.to_cframe())
     return case
-
-
-def _store_on_one_thread(task: _Task) -> StoredLabelledCase | BadImageError:
-    torch.set_num_threads(1)  # there are other processes for the other cores
-    return _store(task)

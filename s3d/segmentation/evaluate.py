@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from tqdm import tqdm
 
 from s3d.data.reading import IMAGE_SUFFIXES, is_image, stem
 from s3d.data.store import write_atomically
-from s3d.data.workers import available_cores, run_in_processes
-from s3d.segmentation.case_scores import CaseTask, score_case, score_case_on_one_thread
+from s3d.data.workers import available_cores, work_through
+from s3d.segmentation.case_scores import CaseTask, score_case
 from s3d.segmentation.evaluation_report import evaluation_report
 from s3d.segmentation.raw_dataset import read_class_names
 from s3d.segmentation.scores import Scores, scores_csv
-from s3d.segmentation.summary import comparisons_csv, summarise, summary_csv, summary_markdown
+from s3d.segmentation.summary import MEAN, comparisons_csv, summarise, summary_csv, summary_markdown
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,12 @@ def evaluate(config: EvaluateConfig) -> Scores:
     Raises:
         FileNotFoundError: a folder, a prediction, an image or dataset.json is missing.
         BadImageError: a file cannot be read, holds values that dataset.json does not name, or lies on another grid.
-        ValueError: two runs or two cases have one name, or a run has nothing to score.
+        ValueError: two runs or two cases have one name, a class is called "mean", or a run has nothing to score.
     """
-    class_names = read_class_names(_dataset_json(config))
+    dataset_json = _dataset_json(config)
+    class_names = read_class_names(dataset_json)
+    if MEAN in class_names:
+        raise ValueError(f"{dataset_json}: a class is called {MEAN!r}, as the mean of all classes is; rename it")
     runs = _runs(config.predictions)
     tasks = _tasks(config, runs, class_names)
     images = None if config.images is None else _images(config.images, [task.name for task in tasks])
@@ -90,12 +94,9 @@ def evaluate(config: EvaluateConfig) -> Scores:
 def _score(tasks: Sequence[CaseTask], workers: int | None) -> NDArray[np.float64]:
     """[2, runs, cases, classes]"""
     workers = available_cores() if workers is None else workers
-    results: Iterable[tuple[CaseTask, NDArray[np.float64]]]
-    if workers:
-        results = run_in_processes(score_case_on_one_thread, tasks, workers)
-    else:
-        results = ((task, score_case(task)) for task in tasks)
-    done = {task.name: scores for task, scores in tqdm(results, total=len(tasks), unit="case", desc="evaluating cases")}
+    with contextlib.closing(work_through(score_case, tasks, workers)) as results:
+        bar = tqdm(results, total=len(tasks), unit="case", desc="evaluating cases")
+        done = {task.name: scores for task, scores in bar}
     return np.stack([done[task.name] for task in tasks], axis=2)
 
 
@@ -116,8 +117,11 @@ def _runs(predictions: Sequence[str]) -> dict[str, Path]:
     runs: dict[str, Path] = {}
     for text in predictions:
         name, _, folder = text.partition("=")
-        path = Path(folder) if folder else Path(text)
-        name = name if folder else path.resolve().name
+        if not folder or Path(text).is_dir():  # a folder may have the sign in its own name
+            name, folder = Path(text).resolve().name, text
+        if not name:
+            raise ValueError(f"predictions: {text!r} names no run before the =; give NAME=FOLDER or FOLDER")
+        path = Path(folder)
         if name in runs:
             raise ValueError(
                 f"predictions: {runs[name]} and {path} are both called {name!r}; name them, as in "

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from s3d.data.reading import read_image, spacing_of
 from s3d.data.source import ImageSource
 from s3d.html_page import html_figure, html_heading, html_page, html_table, html_text
-from s3d.segmentation.case_scores import CaseTask, class_map, read_on_grid
+from s3d.segmentation.case_scores import CaseTask
+from s3d.segmentation.class_maps import class_map, read_on_grid
 from s3d.segmentation.pictures import segmentation_figure
 from s3d.segmentation.scores import Scores
 from s3d.segmentation.summary import MEAN, Summary, notes, tables

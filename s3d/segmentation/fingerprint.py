@@ -6,7 +6,7 @@ Source: nnU-Net's DatasetFingerprintExtractor (Isensee et al., Nature Methods 20
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from s3d.data.preparing import short_hash
 from s3d.data.reading import BadImageError, spacing_of
-from s3d.data.workers import run_in_processes
+from s3d.data.workers import work_through
 from s3d.segmentation.plan import Millimetres
 from s3d.segmentation.prepared_case import crop_case
 from s3d.segmentation.raw_dataset import RawCase, RawDataset
@@ -51,11 +51,10 @@ def read_fingerprint(
     tasks = [_Task(case, dataset.class_names) for case in dataset.training]
     read: dict[str, _Facts] = {}
     last: BadImageError | None = None
-    with contextlib.ExitStack() as stack:
-        outcomes: Iterable[tuple[_Task, _Facts | BadImageError]] = ((task, _read(task)) for task in tasks)
-        if workers and len(tasks) > 1:
-            outcomes = stack.enter_context(contextlib.closing(run_in_processes(_read, tasks, workers)))
-        bar = stack.enter_context(tqdm(total=len(tasks), desc="plan", unit="case", disable=not progress))
+    with (
+        contextlib.closing(work_through(_read, tasks, workers)) as outcomes,
+        tqdm(total=len(tasks), desc="plan", unit="case", disable=not progress) as bar,
+    ):
         for task, outcome in outcomes:
             if isinstance(outcome, _Facts):
                 read[task.case.name] = outcome

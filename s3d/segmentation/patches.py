@@ -12,7 +12,15 @@ from torch.nn.functional import grid_sample
 from torch.utils.data import Dataset
 
 from s3d.data.augment import SpatialTransform
-from s3d.data.patches import SAMPLE_STREAM, centred, check_patch_size, overlap, padded, place_in_epoch
+from s3d.data.patches import (
+    SAMPLE_STREAM,
+    check_patch_size,
+    check_sampling,
+    overlap,
+    padded,
+    place_in_epoch,
+    place_in_volume,
+)
 from s3d.segmentation.case_store import CaseStore
 
 if TYPE_CHECKING:
@@ -66,12 +74,7 @@ class SegmentationPatches(Dataset[LabelledSample]):
         if not self.cases:
             raise ValueError("cases is empty; at least one case is needed")
         self.patch_size = check_patch_size(patch_size)
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
-        if length < 1:
-            raise ValueError(f"length must be 1 or more, got {length}")
-        if not 0 <= foreground_share <= 1:
-            raise ValueError(f"foreground_share must be within [0, 1], got {foreground_share}")
+        check_sampling(seed, length, foreground_share)
         self.seed = seed
         self.length = length
         self.augmentation: Augmentation | None = None
@@ -98,22 +101,13 @@ class SegmentationPatches(Dataset[LabelledSample]):
         return {"image": image, "label": label[None], "case": self.store.cases[case].name}
 
     def _place(self, case: int, rng: np.random.Generator) -> list[int]:
-        """First voxel of a patch; negative where the patch is larger than the case."""
-        shape = self.store.cases[case].shape
-        middle = centred(shape, self.patch_size)
+        centre = None
         if rng.random() < self.foreground_share:
             places = self.store.places(case)
             if places:  # resampling may have left none of a few voxels
                 voxels = places[int(rng.choice(sorted(places)))]
                 centre = voxels[rng.integers(len(voxels))].tolist()
-                return [
-                    min(max(voxel - length // 2, 0), side - length) if side >= length else first
-                    for voxel, side, length, first in zip(centre, shape, self.patch_size, middle)
-                ]
-        return [
-            int(rng.integers(side - length + 1)) if side >= length else first
-            for side, length, first in zip(shape, self.patch_size, middle)
-        ]
+        return place_in_volume(self.store.cases[case].shape, self.patch_size, centre, rng)
 
     def _show(self, case: int, start: Sequence[int], transform: SpatialTransform) -> tuple[Tensor, Tensor]:
         """Image [C, D, H, W] and label [D, H, W] of the patch whose first voxel is `start` before it is transformed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import mmap
 from collections import deque
@@ -12,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -20,19 +19,18 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor
 from tqdm import tqdm
 
-from s3d.checkpoint import load_checkpoint
-from s3d.data.reading import BadImageError
-from s3d.data.store import write_atomically
+from s3d.checkpoint import load_checkpoint, weights_of
+from s3d.data.reading import BadImageError, by, one_line
 from s3d.distributed import Processes, processes
 from s3d.segmentation.plan import SegmentationPlan
+from s3d.segmentation.prediction_record import begin_predictions
 from s3d.segmentation.prepared_case import CaseGrid, PreparedCase, prepare_case
 from s3d.segmentation.raw_dataset import RawCase, find_cases
 from s3d.segmentation.restoring import restore, write_segmentation
+from s3d.segmentation.transfer import Weights
 from s3d.segmentation.windows import check_windows, predict_logits
 
 log = logging.getLogger(__name__)
-
-RECORD = "prediction.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class PredictConfig:
     """Folder of images named case_0000.nii.gz, case_0001.nii.gz (second channel), or of a data set with imagesTs."""
     output_dir: Path
     """Folder of the segmentations, case.nii.gz. Cases that are there already are not done again."""
+    weights: Weights = "network"
+    """Those that were trained, or their moving average."""
     overlap: float = 0.5
     """Of neighbouring windows, a share of their side."""
     mirror: bool = False
@@ -91,31 +91,35 @@ def predict(config: PredictConfig) -> PredictSummary:
         FloatingPointError: the network's answer is not finite.
         OSError: a segmentation could not be written.
     """
-    plan, network = load_segmentation(config.checkpoint)
+    plan, network = load_segmentation(config.checkpoint, config.weights)
     folder = config.images / "imagesTs" if (config.images / "imagesTs").is_dir() else config.images
     if folder.resolve() == config.output_dir.resolve():
         raise ValueError(f"output_dir {config.output_dir} is the folder of the images; give another folder")
     cases = find_cases(folder, len(plan.channel_names), plan.file_ending)
+    outputs = {_output(config, plan, case.name): case for case in cases}
     log.info("%s: %d cases, %d classes of %s", folder, len(cases), len(plan.class_names), plan.dataset)
     with processes(config.device) as group:
         if group.first:
-            _begin(config, plan, cases)
-        left = [case.name for case in cases if not _output(config, plan, case.name).exists()]
+            begin_predictions(config.output_dir, _settings(config, plan), outputs, config.overwrite)
+        left = {case.name for path, case in outputs.items() if not path.exists()}
         # Of the first process, when the folder is as it should be and before any case is done.
         left = group.gather(left)[0]
         if len(left) < len(cases) and group.first:
             log.info("%d of %d cases are in %s already", len(cases) - len(left), len(cases), config.output_dir)
-        own = group.share([case for case in cases if case.name in set(left)])
+        own = group.share([case for case in cases if case.name in left])
         summary = _segment(config, plan, network.to(group.device).eval(), own, group)
     return summary
 
 
-def load_segmentation(path: Path) -> tuple[SegmentationPlan, ResidualEncoderUNet]:
+def load_segmentation(path: Path, weights: Weights = "network") -> tuple[SegmentationPlan, ResidualEncoderUNet]:
     """Plan and network of a checkpoint of `s3d finetune`, on the CPU.
 
+    Args:
+        path: of the checkpoint.
+        weights: those that were trained, or their moving average.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, or a checkpoint of something else.
+        ValueError: it is damaged, a checkpoint of something else, or has no such weights.
     """
     saved = load_checkpoint(path)
     if "plan" not in saved:
@@ -123,9 +127,23 @@ def load_segmentation(path: Path) -> tuple[SegmentationPlan, ResidualEncoderUNet
             f"checkpoint {path} is one of pre-training, which knows no classes; train it on labelled images first, "
             "with `s3d finetune`, and give the checkpoint of that"
         )
-    plan = SegmentationPlan.from_plain(saved["plan"])
+    try:
+        plan = SegmentationPlan.from_plain(saved["plan"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint {path}: its plan cannot be read ({one_line(error)}); give it as `s3d finetune` has written it"
+        ) from error
+    state = weights_of(saved, weights, str(path))
     network = plan.build_network()
-    network.load_state_dict(saved["network"])
+    expected = network.state_dict()
+    for name in (*expected, *state):
+        there, wanted = (by(tensors[name].shape) if name in tensors else "missing" for tensors in (state, expected))
+        if there != wanted:
+            raise ValueError(
+                f"checkpoint {path}: its weights contradict its plan: {name} is {there} in the weights and {wanted} in "
+                "the network of the plan; give the checkpoint as `s3d finetune` has written it"
+            )
+    network.load_state_dict(state)
     return plan, network
 
 
@@ -133,39 +151,19 @@ def _output(config: PredictConfig, plan: SegmentationPlan, name: str) -> Path:
     return config.output_dir / f"{name}{plan.file_ending}"
 
 
-def _begin(config: PredictConfig, plan: SegmentationPlan, cases: Sequence[RawCase]) -> None:
-    """Make the output folder, or make sure that what it has is what would be made again."""
+def _settings(config: PredictConfig, plan: SegmentationPlan) -> dict[str, Any]:
+    """What the segmentations depend on, beside the images."""
     with open(config.checkpoint, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         digest = hashlib.sha256(content).hexdigest()
-    record = {
+    return {
         "dataset": plan.dataset,
         "class_names": list(plan.class_names),
         "checkpoint_sha256": digest,
+        "weights": config.weights,
         "overlap": config.overlap,
         "mirror": config.mirror,
         "precision": config.precision,
     }
-    there = [path for path in (_output(config, plan, case.name) for case in cases) if path.exists()]
-    file_of_record = config.output_dir / RECORD
-    if there and not file_of_record.exists():
-        raise ValueError(
-            f"output_dir {config.output_dir} holds {there[0].name} but no {RECORD}, so `s3d predict` did not write it; "
-            "give another folder, or remove the file"
-        )
-    if file_of_record.exists() and not config.overwrite:
-        before = json.loads(file_of_record.read_text(encoding="utf-8"))
-        differing = [name for name, value in record.items() if before.get(name) != value]
-        if differing:
-            named = ", ".join(f"{name} {before.get(name)!r} (now {record[name]!r})" for name in differing)
-            raise ValueError(
-                f"output_dir {config.output_dir} was begun with {named}; give another folder, or --overwrite to do "
-                "all of it again"
-            )
-    if config.overwrite:
-        for path in there:
-            path.unlink()
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file_of_record, json.dumps(record, indent=2).encode())
 
 
 def _segment(

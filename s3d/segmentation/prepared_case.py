@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from s3d.data.reading import BadImageError, RawImage, grid_difference, read_image, spacing_of
+from s3d.data.reading import BadImageError, read_image, spacing_of
 from s3d.data.source import ImageSource
 from s3d.data.volume import bounding_box, mean_and_std, resample
+from s3d.segmentation.class_maps import class_map, read_on_grid
 from s3d.segmentation.plan import Millimetres, Normalization, SegmentationPlan, Voxels
 from s3d.segmentation.raw_dataset import RawCase
-
-MOST_NAMED = 8  # values of a label file that an error lists
 
 
 @dataclass(frozen=True)
@@ -99,52 +98,29 @@ def prepare_case(case: RawCase, plan: SegmentationPlan) -> PreparedCase:
 
 def crop_case(case: RawCase, class_names: Sequence[str]) -> CroppedCase:
     """Reads a case and checks and crops it; arguments and errors as for `prepare_case`."""
-    raw = [read_image(ImageSource(path)) for path in case.images]
-    for path, image in zip(case.images[1:], raw[1:]):
-        _check_grid(path, image, case.images[0], raw[0])
+    first = case.images[0]
+    raw = [read_image(ImageSource(first))]
+    raw += [read_on_grid(path, first, raw[0]) for path in case.images[1:]]
+    occupied = np.logical_or.reduce([image.intensities != 0 for image in raw])
+    box = bounding_box(first, occupied, "every voxel is zero, of all channels")
     labels = None
     if case.label is not None:
-        stored = read_image(ImageSource(case.label))
-        _check_grid(case.label, stored, case.images[0], raw[0])
-        labels = _checked_labels(case.label, stored.intensities, class_names)
-    occupied = np.logical_or.reduce([image.intensities != 0 for image in raw])
-    box = bounding_box(case.images[0], occupied, "every voxel is zero, of all channels")
+        labels = class_map(case.label, read_on_grid(case.label, first, raw[0]), class_names)[box]
+        if not labels.any():
+            raise BadImageError(
+                case.label,
+                "is empty: every voxel is background, at least where the image is not zero; label it, or leave the "
+                "case out (it can be skipped as bad)",
+            )
     depth, height, width = raw[0].intensities.shape
     return CroppedCase(
         case=case,
         images=np.stack([image.intensities[box] for image in raw]),
-        labels=None if labels is None else labels[box],
+        labels=labels,
         affine=raw[0].affine,
         source_shape=(depth, height, width),
         box=((box[0].start, box[0].stop), (box[1].start, box[1].stop), (box[2].start, box[2].stop)),
     )
-
-
-def _check_grid(path: Path, image: RawImage, first_path: Path, first: RawImage) -> None:
-    difference = grid_difference(image, first)
-    if difference is not None:
-        raise BadImageError(
-            path,
-            f"lies on another grid than {first_path.name}: {difference}; all files of a case must share one grid, "
-            "resample it",
-        )
-
-
-def _checked_labels(path: Path, values: NDArray[np.float32], class_names: Sequence[str]) -> NDArray[np.uint8]:
-    found = np.unique(values)
-    unknown = found[(found != np.round(found)) | (found < 0) | (found >= len(class_names))]
-    if len(unknown):
-        named = ", ".join(f"{value:g}" for value in unknown[:MOST_NAMED]) + ", ..." * (len(unknown) > MOST_NAMED)
-        raise BadImageError(
-            path,
-            f"holds labels that dataset.json does not name: {named} (it names 0 to {len(class_names) - 1}); correct "
-            "the file, or add them to dataset.json",
-        )
-    if not found[-1]:
-        raise BadImageError(
-            path, "is empty: every voxel is background; label it, or leave the case out (it can be skipped as bad)"
-        )
-    return values.astype(np.uint8)
 
 
 def _normalised(path: Path, voxels: NDArray[np.float32], normalization: Normalization) -> NDArray[np.float32]:

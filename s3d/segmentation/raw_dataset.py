@@ -228,11 +228,13 @@ def _image_files(folder: Path) -> list[Path]:
 def _check_files(folder: Path, file_ending: str) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; it must hold files that end in {file_ending}")
-    for path in _image_files(folder):
-        if not path.name.endswith(file_ending):
+    for path in sorted(folder.iterdir()):
+        # An image of another format, such as case_0000.mha, is known by its channel number.
+        numbered = re.search(r"_\d{4}\.", path.name) is not None and path.suffix != ".json"
+        if (numbered or is_image(path)) and not path.name.startswith(".") and not path.name.endswith(file_ending):
             raise ValueError(
-                f"{path}: does not end in {file_ending!r}, the file_ending of dataset.json; convert the file or "
-                "correct file_ending"
+                f"{path}: does not end in {file_ending!r}, the file_ending of dataset.json; convert or remove the "
+                "file, or correct file_ending"
             )
 
 

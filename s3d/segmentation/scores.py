@@ -86,15 +86,31 @@ def read_scores(file: Path) -> Scores:
             )
         rows = list(reader)
     runs, cases, classes = (tuple(dict.fromkeys(row[column] for row in rows)) for column in COLUMNS[:3])
-    if not rows or len(rows) != len(runs) * len(cases) * len(classes):
+    keys = {(row["run"], row["case"], row["class"]) for row in rows}
+    if not rows or not len(rows) == len(keys) == len(runs) * len(cases) * len(classes):
         raise ValueError(
             f"{file}: has {len(rows)} rows where each of {len(runs)} runs, {len(cases)} cases and {len(classes)} "
             "classes needs one; evaluate again"
         )
     dice, nsd = (np.full((len(runs), len(cases), len(classes)), np.nan) for _ in range(2))
     index = {names: {name: place for place, name in enumerate(names)} for names in (runs, cases, classes)}
-    for row in rows:
+    for line, row in enumerate(rows, start=2):
         place = index[runs][row["run"]], index[cases][row["case"]], index[classes][row["class"]]
-        dice[place] = float(row["dice"] or "nan")
-        nsd[place] = float(row["nsd"] or "nan")
+        try:
+            dice[place], nsd[place] = _score(row["dice"]), _score(row["nsd"])
+        except (TypeError, ValueError) as error:  # TypeError: there is no such cell
+            raise ValueError(
+                f"{file}: row {line} has dice {row['dice']!r} and nsd {row['nsd']!r}; each must be 0 to 1 or empty, "
+                "evaluate again"
+            ) from error
     return Scores(runs, cases, classes, dice, nsd)
+
+
+def _score(cell: str | None) -> float:
+    """Of a cell of `scores_csv`; ValueError or TypeError if it is none."""
+    if cell == "":
+        return float("nan")
+    score = float(cell)  # type: ignore[arg-type]
+    if not 0 <= score <= 1:
+        raise ValueError
+    return score

@@ -63,7 +63,7 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def summarise(scores: Scores) -> Summary:

@@ -20,6 +20,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
 
+from s3d.checkpoint import weights_of
 from s3d.data.store import write_atomically
 from s3d.import_weights import aliases
 from s3d.model import build_unet
@@ -75,12 +76,9 @@ def transfer(
         ValueError: the checkpoint has no such weights, or is of another architecture: a stage that both networks have
             differs by more than kernel sizes, strides and input channels.
     """
-    if weights not in saved:
-        raise ValueError(
-            f"weights {weights}: {checkpoint} has none, because its run kept no average; accepted: network"
-        )
+    state = weights_of(saved, weights, checkpoint)
     origin, old = _saved_network(saved)
-    sources = {_place(group[0], old): (group[0], saved[weights][group[0]]) for group in aliases(old)}
+    sources = {_place(group[0], old): (group[0], state[group[0]]) for group in aliases(old)}
     targets = {_place(group[0], network): (group[0], network.get_parameter(group[0])) for group in aliases(network)}
     absent = set(saved.get("imported", {}).get("initialised", ()))
     untrained = {place for place, (name, _) in sources.items() if name in absent}

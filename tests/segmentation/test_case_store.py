@@ -12,7 +12,7 @@ from small_dataset import save, write_dataset
 
 from s3d.data import BadImageError
 from s3d.segmentation import case_store
-from s3d.segmentation.case_store import CaseStore, prepare_dataset
+from s3d.segmentation.case_store import CaseStore, open_dataset, prepare_dataset
 from s3d.segmentation.plan import SegmentationPlan
 from s3d.segmentation.planning import fixed_plan
 from s3d.segmentation.prepared_case import prepare_case
@@ -120,6 +120,23 @@ def test_another_plan_in_the_same_folder_gets_its_own_files(
     coarse = prepare(dataset, dataclasses.replace(plan, spacing_mm=(2.0, 2.0, 2.0)), tmp_path / "store")
     assert coarse.cases[0].shape == tuple(round(side / 2) for side in fine.cases[0].shape)
     assert fine.read(0).shape[1:] == fine.cases[0].shape  # still there
+
+
+def test_a_store_is_opened_where_all_is_prepared(dataset: RawDataset, plan: SegmentationPlan, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with pytest.raises(ValueError, match=r"case case_0 is not prepared in .*; run .* --prepare-only first"):
+        open_dataset(dataset.training, plan, folder)
+    assert not folder.exists()
+    spoil(dataset, 1)
+    store = prepare(dataset, plan, folder, skip_bad=True)
+    before = sorted(file.stat().st_mtime_ns for file in folder.iterdir())
+    opened = open_dataset(dataset.training, plan, folder)
+    assert opened.cases == store.cases
+    assert [error.path for error in opened.skipped] == [dataset.training[1].label]
+    np.testing.assert_array_equal(opened.read(1), store.read(1))
+    assert sorted(file.stat().st_mtime_ns for file in folder.iterdir()) == before
+    with pytest.raises(ValueError, match=r"case case_0 is not prepared"):
+        open_dataset(dataset.training, dataclasses.replace(plan, spacing_mm=(2.0, 2.0, 2.0)), folder)
 
 
 def test_processes_make_the_same_store(dataset: RawDataset, plan: SegmentationPlan, tmp_path: Path) -> None:

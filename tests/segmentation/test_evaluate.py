@@ -85,6 +85,12 @@ def pictured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return titles
 
 
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time goes into pictures."""
+    monkeypatch.setattr("s3d.segmentation.evaluate.evaluation_report", lambda *_: "")
+
+
 def test_scores_tables_and_report(
     config: EvaluateConfig, pictured: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,28 +145,30 @@ def test_a_single_case_is_pictured_once(config: EvaluateConfig, pictured: list[s
     assert [title[:27] for title in pictured] == ["best, median, worst: case_a"] * 2
 
 
-def test_processes_give_the_same(config: EvaluateConfig) -> None:
+def test_another_process_gives_the_same(config: EvaluateConfig, without_report: None) -> None:
     alone = evaluate(config)
-    together = evaluate(replace(config, workers=2, output_dir=config.output_dir / "processes"))
+    together = evaluate(replace(config, workers=1, output_dir=config.output_dir / "processes"))
     assert scores_csv(together) == scores_csv(alone)
 
 
-def test_cases_may_be_done_in_any_order(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_may_be_done_in_any_order(
+    config: EvaluateConfig, without_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def backwards(work: Any, tasks: Sequence[CaseTask], workers: int) -> list[tuple[CaseTask, Any]]:
         return [(task, score_case(task)) for task in reversed(tasks)]
 
     alone = evaluate(config)
-    monkeypatch.setattr("s3d.segmentation.evaluate.run_in_processes", backwards)
+    monkeypatch.setattr("s3d.data.workers.run_in_processes", backwards)
     assert scores_csv(evaluate(replace(config, workers=1))) == scores_csv(alone)
 
 
-def test_the_tolerance_is_in_millimetres(config: EvaluateConfig) -> None:
+def test_the_tolerance_is_in_millimetres(config: EvaluateConfig, without_report: None) -> None:
     # The half that is missing is two voxels of 1 mm thick; the truth's side faces there are farther from the rest.
     near, far = (evaluate(replace(config, tolerance_mm=mm)).nsd[0, 0, 0] for mm in (1.0, 2.0))
     assert near < far == 1
 
 
-def test_one_run_is_not_compared(config: EvaluateConfig) -> None:
+def test_one_run_is_not_compared(config: EvaluateConfig, without_report: None) -> None:
     evaluate(replace(config, predictions=config.predictions[:1]))
     assert "Comparisons" not in (config.output_dir / "summary.md").read_text()
     assert _rows(config.output_dir / "comparisons.csv") == []
@@ -207,6 +215,8 @@ def test_two_of_one_name_are_refused(config: EvaluateConfig) -> None:
     folder = config.labels.parent
     with pytest.raises(ValueError, match=r"are both called 'half'; name them, as in first="):
         evaluate(replace(config, predictions=(f"{folder}/half", f"half={folder}/right")))
+    with pytest.raises(ValueError, match=r"predictions: '=.*half' names no run before the ="):
+        evaluate(replace(config, predictions=(f"={folder}/half",)))
     _write(folder / "half" / "case_a.nii", _truth(0))
     with pytest.raises(ValueError, match=r"case_a\.nii and case_a\.nii\.gz are one case"):
         evaluate(config)
@@ -220,11 +230,28 @@ def test_nothing_to_score_is_refused(config: EvaluateConfig) -> None:
         evaluate(replace(config, predictions=config.predictions[:1]))
 
 
-def test_surplus_predictions_are_told(config: EvaluateConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_surplus_predictions_are_told(
+    config: EvaluateConfig, without_report: None, caplog: pytest.LogCaptureFixture
+) -> None:
     (config.labels / "case_d.nii.gz").unlink()
     scores = evaluate(replace(config, predictions=config.predictions[:1]))
     assert scores.cases == CASES[:3]
     assert "half: left out 1 of its files, which have no label in" in caplog.text
+
+
+def test_any_name_is_that_of_a_run(config: EvaluateConfig, without_report: None) -> None:
+    folder = config.labels.parent
+    (folder / "half").rename(folder / "lr=0.1 a|b")
+    scores = evaluate(replace(config, predictions=(f"{folder}/lr=0.1 a|b", f"x={folder}/lr=0.1 a|b")))
+    assert scores.runs == ("lr=0.1 a|b", "x")
+    assert "| lr=0.1 a\\|b | 4 |" in (config.output_dir / "summary.md").read_text()
+
+
+def test_a_class_called_mean_is_refused(config: EvaluateConfig) -> None:
+    names = {"background": 0, "mean": 1, "two": 2}
+    (config.labels.parent / "dataset.json").write_text(json.dumps({"labels": names}))
+    with pytest.raises(ValueError, match=r"dataset\.json: a class is called 'mean'"):
+        evaluate(config)
 
 
 def test_settings_are_checked(config: EvaluateConfig) -> None:
@@ -277,6 +304,16 @@ def test_results_that_cannot_be_ranked(tmp_path: Path) -> None:
     first.write_text("\n".join(first.read_text().splitlines()[:-1]))
     with pytest.raises(ValueError, match=r"has 3 rows where each of 2 runs, 2 cases and 1 classes needs one"):
         rank(RankConfig((first,), tmp_path / "out"))
+    whole = "run,case,class,dice,nsd\na,x,one,0.5,\na,y,one,0.5,0.5\n"
+    for content, message in (
+        (whole.replace("a,y", "a,x"), "has 2 rows where each of 1 runs, 1 cases and 1 classes"),
+        (whole.removesuffix(",0.5\n"), "row 3 has dice '0.5' and nsd None; each must be 0 to 1 or empty"),
+        (whole.replace("0.5,\n", "0.5,?\n"), r"row 2 has dice '0\.5' and nsd '\?'"),
+        (whole.replace("0.5,\n", "7,\n"), "row 2 has dice '7' and nsd ''"),
+    ):
+        first.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_scores(first)
     first.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"has the columns a, b, not run, case, class, dice, nsd"):
         rank(RankConfig((first,), tmp_path / "out"))

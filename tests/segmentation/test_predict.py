@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from small_dataset import CLASSES, ball, save
 from torch import Tensor, nn
 
-from s3d.checkpoint import save_checkpoint
+from s3d.checkpoint import load_checkpoint, save_checkpoint
 from s3d.cli import main
 from s3d.data import BadImageError
 from s3d.model import build_unet, preset_shape
@@ -50,8 +51,15 @@ def make_checkpoint(file: Path, plan: SegmentationPlan) -> Path:
         if isinstance(part, nn.InstanceNorm3d):  # the last of a residual branch begins with 0
             nn.init.uniform_(part.weight, 0.5, 1.5)
     state = network.state_dict()
-    save_checkpoint(file, {"step": 7, "config": {}, "plan": plan.plain(), "network": state})
+    ema = {name: -tensor if "seg_layers" in name else tensor for name, tensor in state.items()}
+    save_checkpoint(file, {"step": 7, "config": {}, "plan": plan.plain(), "network": state, "ema": ema})
     return file
+
+
+def change_checkpoint(file: Path, **changes: Any) -> None:
+    """Other entries; None takes one away."""
+    content = {**load_checkpoint(file), **changes}
+    save_checkpoint(file, {name: value for name, value in content.items() if value is not None})
 
 
 def make_images(folder: Path, cases: int = 3) -> Path:
@@ -151,6 +159,76 @@ def test_the_record_says_what_the_folder_holds(setting: dict[str, Any]) -> None:
     assert json.loads((config.output_dir / "prediction.json").read_text()) == record
 
 
+def test_a_damaged_record_is_named(setting: dict[str, Any]) -> None:
+    setting["output_dir"].mkdir()
+    for content in (b"{", b"[]", b"\xff", b'{"image_bytes": 3}'):
+        (setting["output_dir"] / "prediction.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"predictions/prediction\.json: is damaged, .*; remove it with them, or"):
+            predict(PredictConfig(**setting))
+
+
+def test_other_images_of_the_same_name_are_noticed(setting: dict[str, Any], tmp_path: Path) -> None:
+    predict(PredictConfig(**setting))
+    copied = shutil.copytree(setting["images"], tmp_path / "copied")
+    make_images(copied, 4)  # the same and one more
+    assert predict(PredictConfig(**{**setting, "images": copied})).predicted == ("case_3",)
+    save(copied / "case_1_0000.nii.gz", ball((20, 20, 20))[0], np.eye(4))
+    with pytest.raises(ValueError, match=r"case_1\.nii\.gz was not made from .*copied/case_1_0000.* as it is now"):
+        predict(PredictConfig(**{**setting, "images": copied}))
+
+
+def test_overwrite_leaves_no_mixture(setting: dict[str, Any], tmp_path: Path) -> None:
+    predict(PredictConfig(**setting))
+    (setting["images"] / "case_1_0000.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"holds case_1\.nii\.gz too, .* was made with another overlap"):
+        predict(PredictConfig(**setting, overlap=0.25, overwrite=True))
+    assert len(contents(setting["output_dir"])) == 4
+    assert predict(PredictConfig(**setting, overwrite=True)).predicted == ("case_0", "case_2")
+
+
+def test_moving_averages_are_used_where_asked_for(setting: dict[str, Any], tmp_path: Path) -> None:
+    saved = load_checkpoint(setting["checkpoint"])
+    for number in (1, 2):
+        (setting["images"] / f"case_{number}_0000.nii.gz").unlink()
+    predict(PredictConfig(**setting))
+    predict(PredictConfig(**{**setting, "output_dir": tmp_path / "ema"}, weights="ema"))
+    change_checkpoint(setting["checkpoint"], network=saved["ema"], ema=None)
+    predict(PredictConfig(**{**setting, "output_dir": tmp_path / "as network"}))
+    raw, ema, as_network = (
+        contents(folder)["case_0.nii.gz"]
+        for folder in (setting["output_dir"], tmp_path / "ema", tmp_path / "as network")
+    )
+    assert ema == as_network != raw
+    with pytest.raises(ValueError, match=r"weights ema: .*checkpoint\.pt has none, because its run kept no average"):
+        predict(PredictConfig(**setting, weights="ema", overwrite=True))
+
+
+def test_a_checkpoint_that_contradicts_itself_is_refused(setting: dict[str, Any]) -> None:
+    saved = load_checkpoint(setting["checkpoint"])
+    less = {name: tensor for name, tensor in saved["network"].items() if name != "decoder.seg_layers.0.bias"}
+    for changes, message in (
+        (
+            {"plan": make_plan(class_names=CLASSES[:2]).plain()},
+            r"seg_layers\.0\.weight is 3 x .* and 2 x .* of the plan",
+        ),
+        (
+            {"network": less},
+            r"weights contradict its plan: decoder\.seg_layers\.0\.bias is missing in the weights and 3",
+        ),
+        (
+            {"network": {**saved["network"], "more": torch.zeros(2)}},
+            "more is 2 in the weights and missing in the network",
+        ),
+        ({"plan": {}}, r"checkpoint\.pt: its plan cannot be read \(KeyError: 'normalization'\)"),
+        ({"plan": {**saved["plan"], "more": 1}}, r"its plan cannot be read \(TypeError: .* 'more'\)"),
+    ):
+        change_checkpoint(setting["checkpoint"], **{**saved, **changes})
+        with pytest.raises(ValueError, match=message) as caught:
+            predict(PredictConfig(**setting))
+        assert "\n" not in str(caught.value)
+    assert not setting["output_dir"].exists()
+
+
 @pytest.mark.parametrize("change", [{"overlap": 0.25}, {"mirror": True}])
 def test_overwrite_makes_all_of_it_again(change: dict[str, Any], setting: dict[str, Any]) -> None:
     predict(PredictConfig(**setting))
@@ -173,11 +251,10 @@ def test_files_of_others_are_left_alone(overwrite: bool, setting: dict[str, Any]
 
 
 def test_two_processes_write_what_one_writes(setting: dict[str, Any], tmp_path: Path) -> None:
-    make_images(setting["images"], 5)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2"
     command = f"{torchrun} -m s3d predict {setting['checkpoint']} --images {setting['images']} --output-dir two"
     done = subprocess.run(
-        [sys.executable, *command.split(), *"--device cpu --mirror".split()],
+        [sys.executable, *command.split(), "--device", "cpu"],
         capture_output=True,
         encoding="utf-8",
         cwd=tmp_path,
@@ -189,12 +266,12 @@ def test_two_processes_write_what_one_writes(setting: dict[str, Any], tmp_path: 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        predict(PredictConfig(**{**setting, "output_dir": tmp_path / "one"}, mirror=True))
+        predict(PredictConfig(**{**setting, "output_dir": tmp_path / "one"}))
     finally:
         torch.set_num_threads(threads)
-    assert "3 cases segmented by the first process" in done.stdout
+    assert "2 cases segmented by the first process" in done.stdout
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert len(one) == 6
+    assert len(one) == 4
     assert one == two
 
 

@@ -139,17 +139,19 @@ def test_what_is_wrong_with_a_case_is_named(tmp_path: Path) -> None:
     outside = label.copy()
     outside[3, 3, 3], outside[4, 4, 4] = 7, 3
     assert refused(image, outside).startswith(
-        f"{tmp_path}/labels/a.nii.gz: holds labels that dataset.json does not name: 3, 7 (it names 0 to 2)"
+        f"{tmp_path}/labels/a.nii.gz: holds values that dataset.json does not name: 3, 7 (it names 0 to 2)"
     )
     assert "not name: -1 (" in refused(image, label.astype(np.int16) - 1)
     assert "not name: 0.5, 1.5 (" in refused(image, label.astype(np.float32) / 2 + np.float32(0.5))
     assert "labels/a.nii.gz: is empty" in refused(image, np.zeros_like(label))
-    assert "labels/a.nii.gz: lies on another grid than a_0000.nii.gz: 12 x 20 x 15 voxels, not 12 x 20 x 16" in refused(
-        image, label[1:]
-    )
+    cropped_away = np.zeros_like(label)
+    cropped_away[0] = 1
+    assert "labels/a.nii.gz: is empty" in refused(image, cropped_away)
+    other_grid = f"labels/a.nii.gz: lies on another grid than {tmp_path}/a_0000.nii.gz: "
+    assert f"{other_grid}12 x 20 x 15 voxels, not 12 x 20 x 16" in refused(image, label[1:])
     moved = eye.copy()
     moved[1, 3] = 0.7
-    assert "labels/a.nii.gz: lies on another grid than a_0000.nii.gz: 0.7 mm apart" in refused(image, label, moved)
+    assert f"{other_grid}0.7 mm apart" in refused(image, label, moved)
     assert "a_0000.nii.gz: empty: every voxel is zero" in refused(np.zeros_like(image), label)
     assert "a_0000.nii.gz: constant" in refused(np.full_like(image, 3), label)
 
@@ -158,7 +160,7 @@ def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
     image, _ = ball((16, 20, 12))
     first = save(tmp_path / "a_0000.nii.gz", image, np.eye(4))
     second = save(tmp_path / "a_0001.nii.gz", image, np.diag([1.1, 1, 1, 1]))
-    with pytest.raises(BadImageError, match=r"a_0001.nii.gz: lies on another grid than a_0000.nii.gz: 1.5 mm apart"):
+    with pytest.raises(BadImageError, match=r"a_0001.nii.gz: lies on another grid than .*a_0000.nii.gz: 1.5 mm"):
         prepare_case(RawCase("a", (first, second), None), plan(channels=2))
     with pytest.raises(ValueError, match=r"case a has 2 channels, but the plan has 1 \(MRI\)"):
         prepare_case(RawCase("a", (first, second), None), plan())

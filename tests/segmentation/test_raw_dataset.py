@@ -58,6 +58,7 @@ def _write(file: str, text: str) -> Callable[[Path], None]:
         (_write("dataset.json", "[]"), "dataset.json: must hold an object"),
         (_describe(file_ending=".png"), "file_ending is '.png'; it must be one of .nii"),
         (_describe(file_ending=".mgz"), "case_0_0000.nii.gz: does not end in '.mgz', the file_ending"),
+        (_write("imagesTr/case_3_0000.mha", ""), "case_3_0000.mha: does not end in '.nii.gz', the file_ending"),
         (_rename("labelsTr/case_1.nii.gz", "labelsTr/case_1.nii"), "labelsTr/case_1.nii: does not end in '.nii.gz'"),
         (_rename("labelsTr", "labels"), "labelsTr: no such folder"),
         (_rename("imagesTr", "images"), "imagesTr: no such folder"),
@@ -88,6 +89,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, spoil: Callable[[Path], None], m
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_other_files_beside_the_images_do_not_matter(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path)
+    for name in ("case_0_0000.json", "._case_0_0000.nii", "notes.txt"):
+        (folder / "imagesTr" / name).touch()
+    assert len(read_raw_dataset(folder).training) == 3
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from hippocampus_tables import Result, write_results
 
 from s3d.data.workers import available_cores
-from s3d.segmentation.raw_dataset import default_folds
+from s3d.segmentation.raw_dataset import default_folds, read_raw_dataset
 from s3d.segmentation.schedule import SCHEDULES
 from s3d.segmentation.scores import read_scores
 
@@ -41,7 +41,7 @@ MASK_BLOCK = 8
 BATCH_SIZE = 2
 # The published optimiser (SGD, momentum 0.99, 1e-2 from scratch and 1e-3 otherwise) is meant for 250,000 steps: in some
 # hundreds it does not leave the plateau of "all background". The highest learning rates of both arms were chosen on
-# training cases (docs/performance.md).
+# training cases (docs/finetuning.md).
 OPTIMIZER = "adamw"
 LEARNING_RATE = 1e-2
 LONG_LEARNING_RATE = 3e-3  # of part a
@@ -183,8 +183,7 @@ def run(training: Training, data: Path, output: Path, checkpoint: Path, threads:
 
 def split_of(data: Path, training: Training) -> dict[str, list[str]]:
     """Names of training and validation cases, as in splits_final.json of nnU-Net."""
-    ending = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
-    names = sorted(path.name.removesuffix(ending) for path in (data / "labelsTr").glob(f"*{ending}"))
+    names = [case.name for case in read_raw_dataset(data).training]
     if training.labels is None:
         return default_folds(names)[0]
     random.Random(training.seed).shuffle(names)
@@ -223,8 +222,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="Dataset004_Hippocampus in nnU-Net's raw layout")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the experiment")
     parser.add_argument("--parts", nargs="+", choices=list("abc"), default=list("abc"), help="default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
-    parser.add_argument("--seeds", type=int, default=3, help="of each run of the parts b and c")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        choices=range(1, 65),
+        metavar="N",
+        help="runs beside each other, which share the cores",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, choices=range(1, 101), metavar="N", help="of each run of the parts b and c"
+    )
     parser.add_argument("--pretraining-steps", type=int, default=1200, help=f"of {PRETRAINING_BATCH_SIZE} patches")
     parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH_SIZE} patches, of the parts b and c")
     parser.add_argument("--long-steps", type=int, default=3000, help=f"of {BATCH_SIZE} patches, of part a")

@@ -15,6 +15,8 @@ FORMAT_VERSION = 1
 NEWEST = "checkpoint.pt"
 PREVIOUS = "checkpoint_previous.pt"
 
+Weights = Literal["raw", "ema"]
+
 log = logging.getLogger(__name__)
 
 
@@ -130,17 +132,18 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return dict(content)
 
 
-def weights_of(saved: dict[str, Any], weights: Literal["network", "ema"], checkpoint: str) -> dict[str, torch.Tensor]:
-    """The trained weights of a checkpoint's content, or their moving average.
+def weights_of(saved: dict[str, Any], weights: Weights, checkpoint: str) -> dict[str, torch.Tensor]:
+    """Weights of the plain network of a checkpoint.
 
     Args:
-        saved: the content.
-        weights: which.
+        saved: content of the checkpoint.
+        weights: "raw": as trained; "ema": their moving average.
         checkpoint: its file, for the message.
     Raises:
         ValueError: it has no such weights.
     """
-    if weights not in saved:
-        why = ", because its run kept no average; accepted: network" if weights == "ema" else "; it is not whole"
+    entry = {"raw": "network", "ema": "ema"}[weights]
+    if entry not in saved:
+        why = ", because its run kept no average; accepted: raw" if weights == "ema" else "; it is not whole"
         raise ValueError(f"weights {weights}: {checkpoint} has none{why}")
-    return dict(saved[weights])
+    return dict(saved[entry])

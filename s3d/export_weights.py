@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
-from .checkpoint import load_checkpoint, save_atomically
+from .checkpoint import Weights, load_checkpoint, save_atomically, weights_of
 from .model import build_unet
 from .nnssl_plan import CITATIONS, adaptation_plan
 
@@ -29,7 +29,7 @@ class ExportConfig:
     -pretrained_weights. nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained."""
     output: Path
     """File to write; there must be none of this name."""
-    weights: Literal["raw", "ema"] = "raw"
+    weights: Weights = "raw"
     """raw: the weights as trained; ema: their moving average, if the run kept one."""
 
 
@@ -64,17 +64,14 @@ def export(config: ExportConfig) -> None:
     )
 
 
-def plain_unet(saved: dict[str, Any], weights: Literal["raw", "ema"]) -> ResidualEncoderUNet:
+def plain_unet(saved: dict[str, Any], weights: Weights) -> ResidualEncoderUNet:
     """The plain U-Net of a checkpoint's content, on the CPU. Its tied modules are tied, so a file stores them once.
 
     Raises:
         ValueError: no such weights in the checkpoint.
     """
-    entry = {"raw": "network", "ema": "ema"}[weights]
-    if entry not in saved:
-        raise ValueError(f"weights {weights}: the checkpoint has none, because its run kept no average; accepted: raw")
     unet = build_unet(saved["config"]["preset"])
-    unet.load_state_dict(saved[entry])
+    unet.load_state_dict(weights_of(saved, weights, "the checkpoint"))
     return unet
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from s3d.segmentation.plan import Millimetres, SegmentationPlan, Voxels
 from s3d.segmentation.prepared_case import CaseGrid, prepare_case
 from s3d.segmentation.raw_dataset import RawCase
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when preparation or storage changes, so that older files are made again."""
 KIND = "segmentation"
 PLACES_A_CLASS = 4096
@@ -57,6 +58,7 @@ class StoredLabelledCase:
     grid: CaseGrid
     spacing_mm: Millimetres
     background: tuple[float, ...]  # the minimum of each channel: what stands for "nothing there"
+    digest: str  # of voxels and labels
 
     @property
     def shape(self) -> Voxels:
@@ -122,9 +124,8 @@ class CaseStore:
         return self._positions[name]
 
     def describe(self, names: Sequence[str]) -> list[list[Any]]:
-        """What some cases are, in order: name, shape and the background of each channel."""
-        cases = [self.cases[self.position(name)] for name in names]
-        return [[case.name, *case.shape, *case.background] for case in cases]
+        """What some cases are, in order: name, and digest of voxels and labels."""
+        return [[name, self.cases[self.position(name)].digest] for name in names]
 
     def read(
         self, case: int, start: Sequence[int] | None = None, shape: Sequence[int] | None = None
@@ -334,6 +335,7 @@ def _store(task: _Task) -> StoredLabelledCase | BadImageError:
         grid=prepared.grid,
         spacing_mm=prepared.spacing_mm,
         background=tuple(float(channel.min()) for channel in voxels),
+        digest=hashlib.sha256(voxels.tobytes() + prepared.labels.tobytes()).hexdigest(),
     )
     array = compressed(voxels)
     array.schunk.vlmeta[RECORD] = json.dumps({"made_from": task.made_from, "case": dataclasses.asdict(case)})

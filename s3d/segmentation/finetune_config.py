@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from s3d.checkpoint import Weights
 from s3d.model import PRESETS
 from s3d.run_settings import RunSettings
 
 from .schedule import Schedule, ScheduleName, make_schedule
-from .transfer import Scope, Weights
+from .transfer import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class FinetuneConfig(RunSettings):
     """Pre-trained weights (`s3d pretrain`, `s3d import` or `s3d finetune`); None: from scratch."""
     scope: Scope = "encoder+decoder"
     """What is transferred; published: encoder and decoder. The segmentation head always starts anew."""
-    weights: Weights = "network"
-    """Those that were trained, or their moving average."""
+    weights: Weights = "raw"
+    """Of the checkpoint: raw, as trained, or ema, their moving average."""
     schedule: ScheduleName | None = None
     """Learning rate, and when the encoder is frozen. Default: sawtooth (published) with a checkpoint, else scratch."""
     learning_rate: float | None = None

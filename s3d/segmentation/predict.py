@@ -19,7 +19,7 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor
 from tqdm import tqdm
 
-from s3d.checkpoint import load_checkpoint, weights_of
+from s3d.checkpoint import Weights, load_checkpoint, weights_of
 from s3d.data.reading import BadImageError, by, one_line
 from s3d.distributed import Processes, processes
 from s3d.segmentation.plan import SegmentationPlan
@@ -27,7 +27,6 @@ from s3d.segmentation.prediction_record import begin_predictions
 from s3d.segmentation.prepared_case import CaseGrid, PreparedCase, prepare_case
 from s3d.segmentation.raw_dataset import RawCase, find_cases
 from s3d.segmentation.restoring import restore, write_segmentation
-from s3d.segmentation.transfer import Weights
 from s3d.segmentation.windows import check_windows, predict_logits
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class PredictConfig:
     """Folder of images named case_0000.nii.gz, case_0001.nii.gz (second channel), or of a data set with imagesTs."""
     output_dir: Path
     """Folder of the segmentations, case.nii.gz. Cases that are there already are not done again."""
-    weights: Weights = "network"
+    weights: Weights = "raw"
     """Those that were trained, or their moving average."""
     overlap: float = 0.5
     """Of neighbouring windows, a share of their side."""
@@ -111,7 +110,7 @@ def predict(config: PredictConfig) -> PredictSummary:
     return summary
 
 
-def load_segmentation(path: Path, weights: Weights = "network") -> tuple[SegmentationPlan, ResidualEncoderUNet]:
+def load_segmentation(path: Path, weights: Weights = "raw") -> tuple[SegmentationPlan, ResidualEncoderUNet]:
     """Plan and network of a checkpoint of `s3d finetune`, on the CPU.
 
     Args:

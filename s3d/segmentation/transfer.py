@@ -20,7 +20,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
 
-from s3d.checkpoint import weights_of
+from s3d.checkpoint import Weights, weights_of
 from s3d.data.store import write_atomically
 from s3d.import_weights import aliases
 from s3d.model import build_unet
@@ -28,7 +28,6 @@ from s3d.model import build_unet
 from .plan import SegmentationPlan
 
 Scope = Literal["encoder", "encoder+decoder"]
-Weights = Literal["network", "ema"]
 Action = Literal["loaded", "adapted", "initialised", "dropped"]
 
 _STAGE = re.compile(r"^(encoder\.stages|decoder\.(?:stages|transpconvs|seg_layers))\.(\d+)\.")
@@ -58,7 +57,7 @@ def transfer(
     network: ResidualEncoderUNet,
     saved: dict[str, Any],
     scope: Scope,
-    weights: Weights = "network",
+    weights: Weights = "raw",
     *,
     checkpoint: str = "the checkpoint",
 ) -> list[TensorRow]:
@@ -112,7 +111,7 @@ def transfer(
             if place.stage is None or place.stage < _stages_of(place, network):
                 raise _another_architecture(checkpoint, origin, f"the network to train has no {source}")
         rows.append(TensorRow(source, "dropped", source, tuple(tensor.shape), None, why_not))
-    method = saved.get({"network": "method", "ema": "ema_method"}[weights], {})
+    method = saved.get({"raw": "method", "ema": "ema_method"}[weights], {})
     for source, tensor in method.items():
         rows.append(TensorRow(source, "dropped", source, tuple(tensor.shape), None, "of the pre-training only"))
     with torch.no_grad():  # when all is known to fit, so that a refused checkpoint changes nothing

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from small_dataset import describe, write_dataset
+from small_dataset import describe, save, write_dataset
 
 from s3d.checkpoint import load_checkpoint, save_checkpoint
 from s3d.cli import main
@@ -383,6 +384,11 @@ def test_other_data_or_settings_do_not_go_on(
         finetune(configure(dataset, run, splits=splits))
     folder = tmp_path / "Dataset001_Balls"
     shutil.copytree(dataset, folder)
+    label = folder / "labelsTr" / "case_0.nii.gz"
+    before = nib.load(label)
+    save(label, np.minimum(np.asarray(before.dataobj), 1), before.affine)
+    with pytest.raises(ValueError, match=r"training images of the run .* 1 changed \(case_0\)"):
+        finetune(configure(folder, run))
     describe(folder, labels={"background": 0, "shell": 1, "kernel": 2})
     with pytest.raises(ValueError, match="class_names was"):
         finetune(configure(folder, run))

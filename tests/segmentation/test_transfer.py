@@ -116,7 +116,7 @@ def test_encoder_and_decoder_compute_the_same(tmp_path: Path) -> None:
     pretrain(configure(tmp_path, tmp_path / "run", steps=2, ema_decay=0.5))
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     old = build_unet("tiny")
-    for weights in ("network", "ema"):
+    for weights in ("raw", "ema"):
         network = build_network(TINY, 1, 3, deep_supervision=True)
         heads = [head.weight.clone() for head in network.decoder.seg_layers]
         old.load_state_dict(saved[weights])

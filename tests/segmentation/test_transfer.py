@@ -11,7 +11,7 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from small_runs import configure, write_images
 from torch import Tensor, nn
 
-from s3d.checkpoint import load_checkpoint, weights_of
+from s3d.checkpoint import load_checkpoint
 from s3d.export_weights import ExportConfig, export
 from s3d.import_weights import ImportConfig, import_weights
 from s3d.model import S3D, NetworkShape, build_network, build_unet, preset_shape
@@ -119,7 +119,7 @@ def test_encoder_and_decoder_compute_the_same(tmp_path: Path) -> None:
     for weights in ("raw", "ema"):
         network = build_network(TINY, 1, 3, deep_supervision=True)
         heads = [head.weight.clone() for head in network.decoder.seg_layers]
-        old.load_state_dict(weights_of(saved, weights, "run"))
+        old.load_state_dict(saved[{"raw": "network", "ema": "ema"}[weights]])
         rows = transfer(network, saved, "encoder+decoder", weights)  # type: ignore[arg-type]
         assert torch.equal(last_features(network, image()), last_features(old, image()))
         assert all(torch.equal(head.weight, kept) for head, kept in zip(network.decoder.seg_layers, heads))

@@ -17,7 +17,6 @@ among its 8.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -33,6 +32,7 @@ from s3d.data.workers import available_cores
 from s3d.segmentation.raw_dataset import default_folds, read_raw_dataset
 from s3d.segmentation.schedule import SCHEDULES
 from s3d.segmentation.scores import read_scores
+from s3d.training_log import read_log
 
 LABELS = (4, 8, 16, 208)
 FEW = 8  # labels of part c
@@ -192,9 +192,7 @@ def split_of(data: Path, training: Training) -> dict[str, list[str]]:
 
 def seconds_of_steps(log: Path, batch_size: int) -> float:
     """Time of all steps of a run, also of one that was interrupted."""
-    with log.open(newline="", encoding="utf-8") as file:
-        speeds = [float(row["samples_per_second"]) for row in csv.DictReader(file) if row["samples_per_second"]]
-    return sum(batch_size / speed for speed in speeds)
+    return sum(batch_size / row["samples_per_second"] for row in read_log(log) if "samples_per_second" in row)
 
 
 def s3d(command: list[object], text: Path, threads: int) -> None:

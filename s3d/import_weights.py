@@ -8,7 +8,6 @@ which gets the weights of the living one.
 
 from __future__ import annotations
 
-import csv
 import logging
 import pickle
 from collections import defaultdict
@@ -21,6 +20,8 @@ import tyro
 from torch import Tensor, nn
 
 from .checkpoint import save_checkpoint
+from .csv_table import csv_text
+from .data.store import write_atomically
 from .model import PRESETS, build_unet
 
 log = logging.getLogger(__name__)
@@ -89,10 +90,7 @@ def import_weights(config: ImportConfig) -> None:
     imported = convert(_read(config.file, config.trust_pickle), config.file.name)
     save_checkpoint(config.output, imported.content)
     table = config.output.with_name(config.output.name + ".keys.csv")
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(KeyRow._fields)
-        writer.writerows(imported.rows)
+    write_atomically(table, csv_text(KeyRow._fields, imported.rows).encode())
     log.info("%s", _summary(imported))
     log.info("%s: weights only, not resumable; every key is in %s", config.output, table)
 

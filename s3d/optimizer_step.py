@@ -212,8 +212,8 @@ class OptimizerStep(ABC, Generic[Settings, Model]):
         return nullcontext()
 
 
-def autocast(config: RunSettings, device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic of the network that the settings ask for."""
-    if config.precision == "float32":
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic of a network: float32, bfloat16 or float16."""
+    if precision == "float32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, config.precision))
+    return torch.autocast(device.type, dtype=getattr(torch, precision))

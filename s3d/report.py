@@ -11,6 +11,7 @@ from torch import Tensor
 from .training_log import read_log
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from s3d_kernels import BlockMask
@@ -87,14 +88,8 @@ def loss_figure(log: Path, baseline: float | None = None) -> Figure:
     rows = read_log(log)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-    if training:
-        axes.plot(*zip(*training, strict=True), color="0.7", linewidth=0.8, label="training")
-        steps, losses = (np.array(column) for column in zip(*training, strict=True))
-        window = max(1, len(losses) // 30)
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window}")
+    plot_training_loss(axes, rows)
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation")
     if baseline is not None:
@@ -103,6 +98,17 @@ def loss_figure(log: Path, baseline: float | None = None) -> Figure:
     axes.set_ylabel("mean squared error, masked voxels")
     axes.legend()
     return figure
+
+
+def plot_training_loss(axes: Axes, rows: list[dict[str, float]]) -> None:
+    """The loss of each step, and its running mean."""
+    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    if training:
+        axes.plot(*zip(*training, strict=True), color="0.7", linewidth=0.8, label="training")
+        steps, losses = (np.array(column) for column in zip(*training, strict=True))
+        window = max(1, len(losses) // 30)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window}")
 
 
 def memory_figure(

@@ -69,7 +69,7 @@ class TrainingStep(OptimizerStep[PretrainConfig, S3D]):
 
         def compute(part: dict[str, Any], mask: BlockMask) -> Tensor:
             x, mask = part["image"], mask.to(self.processes.device)
-            with autocast(self.config, self.processes.device):
+            with autocast(self.config.precision, self.processes.device):
                 with self.phase("forward"):
                     reconstruction = self.network(x, mask)
                 with self.phase("loss"):

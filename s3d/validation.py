@@ -68,7 +68,7 @@ class Validator:
         losses = []
         with torch.no_grad():
             for number, patch, mask, valid in self._problems():
-                with autocast(self.config, self.processes.device):
+                with autocast(self.config.precision, self.processes.device):
                     reconstruction = model(patch, mask)
                 losses.append(float(masked_mse(reconstruction, patch, mask, valid)))
                 if training_log is not None and len(losses) <= PICTURES:

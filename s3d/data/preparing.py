@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,7 +29,7 @@ from s3d.data.store import (
     write_case,
 )
 from s3d.data.volume import check_spacing, load_volume
-from s3d.data.workers import work_through
+from s3d.data.workers import sort_out
 
 FOREGROUND_PLACES = 4096
 """Most voxels of the foreground that are remembered of a volume (24 KB, 1 % of a head), ..."""
@@ -119,20 +118,10 @@ def preprocess(
             done[number] = dataclasses.replace(stored, name=name, subject=source.subject, session=source.session)
     reused = len(done)
 
-    with (
-        contextlib.closing(work_through(_store, todo, workers)) as outcomes,
-        tqdm(
-            total=len(sources), initial=reused + len(bad), desc="preprocess", unit="image", disable=not progress
-        ) as bar,
-    ):
-        for task, outcome in outcomes:
-            if isinstance(outcome, StoredCase):
-                done[task.number] = outcome
-            elif skip_bad:
-                bad[task.number] = outcome
-            else:
-                raise outcome
-            bar.update()
+    bar = tqdm(total=len(sources), initial=reused + len(bad), desc="preprocess", unit="image", disable=not progress)
+    good, unusable = sort_out(_store, todo, workers, skip_bad=skip_bad, bar=bar)
+    done |= {task.number: case for task, case in good}
+    bad |= {task.number: error for task, error in unusable}
     errors = [bad[number] for number in sorted(bad)]
     if not done:
         raise ValueError(f"all {len(errors)} images are bad, for example {errors[0]}")

@@ -13,6 +13,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
+from tqdm import tqdm
+
+from s3d.data.reading import BadImageError
 
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
@@ -52,6 +55,31 @@ def work_through(
     else:
         for task in tasks:
             yield task, work(task)
+
+
+def sort_out(
+    work: Callable[[Task], Outcome | BadImageError], tasks: Sequence[Task], workers: int, *, skip_bad: bool, bar: tqdm
+) -> tuple[list[tuple[Task, Outcome]], list[tuple[Task, BadImageError]]]:
+    """`work_through` for work that gives what is wrong with an image as its outcome.
+
+    Args:
+        work, tasks, workers: as for `work_through`.
+        skip_bad: go on behind a bad image instead of raising what is wrong with it.
+        bar: goes on by one for each task; is closed.
+    Returns: tasks with their outcomes, and bad ones with what is wrong.
+    """
+    good: list[tuple[Task, Outcome]] = []
+    bad: list[tuple[Task, BadImageError]] = []
+    with contextlib.closing(work_through(work, tasks, workers)) as outcomes, bar:
+        for task, outcome in outcomes:
+            if not isinstance(outcome, BadImageError):
+                good.append((task, outcome))
+            elif skip_bad:
+                bad.append((task, outcome))
+            else:
+                raise outcome
+            bar.update()
+    return good, bad
 
 
 def run_in_processes(

@@ -7,7 +7,6 @@ uint8 [D, H, W]); and one `index.json` that lists the cases of a finished prepar
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,7 +32,7 @@ from s3d.data.store import (
     remove_unfinished,
     write_atomically,
 )
-from s3d.data.workers import work_through
+from s3d.data.workers import sort_out
 from s3d.segmentation.plan import Millimetres, SegmentationPlan, Voxels
 from s3d.segmentation.prepared_case import CaseGrid, prepare_case
 from s3d.segmentation.raw_dataset import RawCase
@@ -216,24 +215,16 @@ def prepare_dataset(
     if todo:  # the index speaks of files that are about to change
         (folder / INDEX).unlink(missing_ok=True)
     ready = len(done) + len(bad)
-    with (
-        contextlib.closing(work_through(_store, todo, workers)) as outcomes,
-        tqdm(total=len(cases), initial=ready, desc="prepare", unit="case", disable=not progress) as bar,
-    ):
-        for task, outcome in outcomes:
-            if isinstance(outcome, StoredLabelledCase):
-                done[task.case.name] = outcome
-            elif skip_bad:
-                bad[task.case.name] = outcome
-            else:
-                raise outcome
-            bar.update()
+    bar = tqdm(total=len(cases), initial=ready, desc="prepare", unit="case", disable=not progress)
+    good, unusable = sort_out(_store, todo, workers, skip_bad=skip_bad, bar=bar)
+    done |= {task.case.name: case for task, case in good}
+    bad |= {task.case.name: error for task, error in unusable}
     if not done:
         raise ValueError(f"all {len(bad)} cases are bad, for example {next(iter(bad.values()))}")
-    text = json.dumps(_index(done, bad, plan), indent=1)
-    write_atomically(folder / INDEX, text.encode())
+    index = _index(done, bad, plan)
+    write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
     # Not read again: another run may have written its own by now.
-    return CaseStore(folder, json.loads(text))
+    return CaseStore(folder, index)
 
 
 def open_dataset(cases: Sequence[RawCase], plan: SegmentationPlan, folder: str | Path) -> CaseStore:
@@ -257,7 +248,7 @@ def open_dataset(cases: Sequence[RawCase], plan: SegmentationPlan, folder: str |
                 "--prepare-only first"
             )
         bad[case.name] = known[0]
-    return CaseStore(folder, json.loads(json.dumps(_index(done, bad, plan))))
+    return CaseStore(folder, _index(done, bad, plan))
 
 
 def _index(

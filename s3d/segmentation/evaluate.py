@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from s3d.data.reading import IMAGE_SUFFIXES, is_image, stem
+from s3d.data.reading import IMAGE_SUFFIXES, stem
 from s3d.data.store import write_atomically
 from s3d.data.workers import available_cores, work_through
 from s3d.segmentation.case_scores import CaseTask, score_case
 from s3d.segmentation.evaluation_report import evaluation_report
-from s3d.segmentation.raw_dataset import read_class_names
+from s3d.segmentation.raw_dataset import image_files, read_class_names
 from s3d.segmentation.scores import Scores, scores_csv
 from s3d.segmentation.summary import MEAN, comparisons_csv, summarise, summary_csv, summary_markdown
 
@@ -155,11 +155,10 @@ def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if is_image(path) and not path.name.startswith("."):
-            if stem(path) in files:
-                raise ValueError(f"{folder}: {files[stem(path)].name} and {path.name} are one case; remove one of them")
-            files[stem(path)] = path
+    for path in image_files(folder):
+        if stem(path) in files:
+            raise ValueError(f"{folder}: {files[stem(path)].name} and {path.name} are one case; remove one of them")
+        files[stem(path)] = path
     if not files:
         raise FileNotFoundError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return files

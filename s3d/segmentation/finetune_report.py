@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from s3d.csv_table import read_table
 from s3d.data.store import write_atomically
 from s3d.html_page import html_code, html_figure, html_heading, html_page, html_picture, html_table
-from s3d.report import save_figure
+from s3d.report import plot_training_loss, save_figure
 from s3d.run_report import REPORT, curves_figure, training_summary
 from s3d.training_log import read_log
 
 from .finetune_config import FinetuneConfig
 from .plan import SegmentationPlan
-from .segmentation_validation import dice_column, read_validation
+from .segmentation_validation import VALIDATION, dice_column
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,13 +33,12 @@ def write_finetune_report(config: FinetuneConfig, plan: SegmentationPlan) -> Non
     pictures = sorted(folder.glob("segmentation_*.png"))
     if pictures:
         parts += [html_heading("Segmentation"), html_picture(pictures[-1], pictures[-1].stem)]
-    header, *cases = read_validation(folder) or [[]]
+    header, cases = read_table(folder / VALIDATION)
     if cases:
         parts += [html_heading("Dice of the validation cases, on the grid of the plan"), html_table(header, cases)]
     parts += [html_heading("Plan"), html_code(json.dumps(plan.plain(), indent=2))]
-    if (folder / TRANSFER).is_file():
-        with open(folder / TRANSFER, newline="", encoding="utf-8") as file:
-            names, *tensors = csv.reader(file)
+    names, tensors = read_table(folder / TRANSFER)
+    if tensors:
         parts += [html_heading("Transferred weights"), html_table(names, tensors)]
     parts += [html_heading("Settings"), html_code(json.dumps(config.plain(), indent=2))]
     write_atomically(folder / REPORT, html_page(f"Fine-tuning: {folder.name}", parts).encode())
@@ -66,13 +63,8 @@ def training_figure(rows: list[dict[str, float]], class_names: tuple[str, ...]) 
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, dice = figure.subplots(1, 2)
-    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    if training:
-        steps, losses = (np.array(column) for column in zip(*training, strict=True))
-        window = max(1, len(losses) // 30)
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        loss.plot(steps, losses, color="0.8", linewidth=0.6)
-        loss.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window}")
+    plot_training_loss(loss, rows)
+    if loss.lines:
         loss.legend()
     loss.set_xlabel("step")
     loss.set_ylabel("Dice loss + cross-entropy")

@@ -5,7 +5,6 @@ Source: nnU-Net's DatasetFingerprintExtractor (Isensee et al., Nature Methods 20
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from s3d.data.preparing import short_hash
 from s3d.data.reading import BadImageError, spacing_of
-from s3d.data.workers import work_through
+from s3d.data.workers import sort_out
 from s3d.segmentation.plan import Millimetres
 from s3d.segmentation.prepared_case import crop_case
 from s3d.segmentation.raw_dataset import RawCase, RawDataset
@@ -49,23 +48,11 @@ def read_fingerprint(
         WorkerDiedError: a worker process was killed or crashed; says on which case.
     """
     tasks = [_Task(case, dataset.class_names) for case in dataset.training]
-    read: dict[str, _Facts] = {}
-    last: BadImageError | None = None
-    with (
-        contextlib.closing(work_through(_read, tasks, workers)) as outcomes,
-        tqdm(total=len(tasks), desc="plan", unit="case", disable=not progress) as bar,
-    ):
-        for task, outcome in outcomes:
-            if isinstance(outcome, _Facts):
-                read[task.case.name] = outcome
-            elif skip_bad:
-                last = outcome
-            else:
-                raise outcome
-            bar.update()
-    if not read:
-        raise ValueError(f"all {len(tasks)} training cases of {dataset.folder} are bad, for example {last}")
-    facts = [read[name] for name in sorted(read)]
+    bar = tqdm(total=len(tasks), desc="plan", unit="case", disable=not progress)
+    good, bad = sort_out(_read, tasks, workers, skip_bad=skip_bad, bar=bar)
+    if not good:
+        raise ValueError(f"all {len(tasks)} training cases of {dataset.folder} are bad, for example {bad[-1][1]}")
+    facts = [fact for _, fact in sorted(good, key=lambda read: read[0].case.name)]
     return Fingerprint(
         spacings_mm=np.array([fact.spacing_mm for fact in facts]),
         shapes=np.array([fact.shape for fact in facts]),

@@ -8,7 +8,6 @@ import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from s3d.checkpoint import Weights, load_checkpoint, weights_of
 from s3d.data.reading import BadImageError, by, one_line
 from s3d.distributed import Processes, processes
+from s3d.optimizer_step import autocast
 from s3d.segmentation.plan import SegmentationPlan
 from s3d.segmentation.prediction_record import begin_predictions
 from s3d.segmentation.prepared_case import CaseGrid, PreparedCase, prepare_case
@@ -220,8 +220,7 @@ def _logits(
     prepared: PreparedCase,
     device: torch.device,
 ) -> Tensor:  # [K, D, H, W]
-    exact = config.precision == "float32"
-    with nullcontext() if exact else torch.autocast(device.type, dtype=getattr(torch, config.precision)):
+    with autocast(config.precision, device):
         logits = predict_logits(
             network,
             torch.from_numpy(prepared.voxels),
@@ -232,6 +231,7 @@ def _logits(
             batch=config.batch,
         )
     if not logits.isfinite().all():
+        exact = config.precision == "float32"
         raise FloatingPointError(
             f"case {prepared.name}: the network's answer is not finite in {config.precision}; "
             f"{'the checkpoint is of no use' if exact else 'use --precision float32'}"

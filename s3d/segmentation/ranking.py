@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from s3d.csv_table import csv_text
 from s3d.data.store import write_atomically
 from s3d.segmentation.comparison import mean_score, ranks
-from s3d.segmentation.scores import csv_text, number, read_scores
+from s3d.segmentation.scores import number, read_scores
 from s3d.segmentation.summary import Table
 
 

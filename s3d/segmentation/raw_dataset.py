@@ -86,7 +86,7 @@ def read_raw_dataset(folder: str | Path) -> RawDataset:
             raise FileNotFoundError(
                 f"{case.label}: no such file; every case of imagesTr needs a label of its name, without channel number"
             )
-    surplus = sorted({path.name for path in _image_files(labels)} - {case.name + file_ending for case in images})
+    surplus = sorted({path.name for path in image_files(labels)} - {case.name + file_ending for case in images})
     if surplus:
         raise FileNotFoundError(
             f"{labels / surplus[0]}: imagesTr holds no image of this label; add it as "
@@ -113,7 +113,7 @@ def find_cases(folder: Path, channels: int, file_ending: str) -> tuple[RawCase, 
         ValueError: a file has another ending, no channel number or one too many.
     """
     _check_files(folder, file_ending)
-    files = _image_files(folder)
+    files = image_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: holds no images; put files like case_0000{file_ending} into it")
     found: dict[str, dict[int, Path]] = {}
@@ -220,7 +220,8 @@ def default_folds(names: list[str]) -> list[dict[str, list[str]]]:
     return folds
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The images right in a folder, sorted."""
     # Names that begin with a dot are what macOS leaves beside files.
     return sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from s3d.csv_table import csv_text
 from s3d.segmentation.comparison import mean_score
 
 COLUMNS = ("run", "case", "class", "dice", "nsd")
@@ -59,15 +58,6 @@ def scores_csv(scores: Scores) -> str:
 def number(value: float) -> str:
     """As a cell of a CSV file."""
     return "" if np.isnan(value) else f"{value:.6g}"
-
-
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The content of a CSV file."""
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return lines.getvalue()
 
 
 def read_scores(file: Path) -> Scores:

@@ -61,7 +61,7 @@ class SegmentationStep(OptimizerStep[FinetuneConfig, ResidualEncoderUNet]):
         return (lambda part=part: self._loss(part) for part in parts), {}
 
     def _loss(self, part: dict[str, Any]) -> Tensor:
-        with autocast(self.config, self.processes.device), self.phase("forward"):
+        with autocast(self.config.precision, self.processes.device), self.phase("forward"):
             outputs = self.network(part["image"])
         with self.phase("loss"):
             return self._criterion(outputs, part["label"]) * (len(part["image"]) / self.config.batch_size)

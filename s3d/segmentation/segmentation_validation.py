@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
-from pathlib import Path
 
 import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from numpy.typing import NDArray
 
+from s3d.csv_table import csv_text
 from s3d.data.store import write_atomically
 from s3d.distributed import Processes
 from s3d.optimizer_step import autocast
@@ -19,6 +17,7 @@ from s3d.report import save_figure
 from s3d.training_log import TrainingLog
 
 from .case_store import CaseStore
+from .comparison import mean_score
 from .finetune_config import FinetuneConfig
 from .metrics import dice
 from .pictures import segmentation_figure
@@ -29,7 +28,7 @@ from .windows import predict_logits
 MAX_CASES = 16
 # In TensorBoard; the first also as a file.
 PICTURES = 4
-TABLE = "validation.csv"
+VALIDATION = "validation.csv"
 
 
 def dice_column(class_name: str) -> str:
@@ -74,7 +73,7 @@ class SegmentationValidator:
         for number, name in enumerate(self.processes.share(cases)):
             case = self.store.position(name)
             image, truth = self.store.read(case), self.store.read_labels(case)
-            with torch.no_grad(), autocast(self.config, self.processes.device):
+            with torch.no_grad(), autocast(self.config.precision, self.processes.device):
                 logits = predict_logits(
                     network,
                     torch.from_numpy(image),
@@ -89,7 +88,7 @@ class SegmentationValidator:
         network.train()
         network.decoder.deep_supervision = deep_supervision
         scores = {name: row for part in self.processes.gather(scores) for name, row in part.items()}
-        means = _means(np.array(list(scores.values())))
+        means = mean_score(np.array(list(scores.values())), axis=0)
         known = {
             dice_column(name): float(mean)
             for name, mean in zip(self.plan.class_names[1:], means, strict=True)
@@ -121,25 +120,6 @@ class SegmentationValidator:
         training_log.tensorboard.add_figure(f"segmentation/{name}", figure, step)
 
     def _write_table(self, scores: dict[str, list[float]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(["case", *map(dice_column, self.plan.class_names[1:])])
-        writer.writerows([name, *(f"{score:.6f}" for score in row)] for name, row in sorted(scores.items()))
-        write_atomically(self.config.output_dir / TABLE, text.getvalue().encode())
-
-
-def read_validation(folder: Path) -> list[list[str]]:
-    """The rows of ``validation.csv`` of a run, header first; none before the run has ended."""
-    path = folder / TABLE
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
-def _means(
-    scores: NDArray[np.float64],  # [cases, classes], NaN where a case says nothing of a class
-) -> NDArray[np.float64]:
-    """[classes]: mean over the cases; NaN where none says anything."""
-    counted = (~np.isnan(scores)).sum(0)
-    return np.divide(np.nansum(scores, 0), counted, out=np.full(scores.shape[1], np.nan), where=counted > 0)
+        header = ("case", *map(dice_column, self.plan.class_names[1:]))
+        rows = ([name, *(f"{score:.6f}" for score in row)] for name, row in sorted(scores.items()))
+        write_atomically(self.config.output_dir / VALIDATION, csv_text(header, rows).encode())

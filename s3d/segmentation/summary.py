@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from s3d.csv_table import csv_text
 from s3d.segmentation.comparison import (
     CONFIDENCE,
     Comparison,
@@ -15,7 +16,7 @@ from s3d.segmentation.comparison import (
     mean_with_interval,
     ranks,
 )
-from s3d.segmentation.scores import Scores, csv_text, number
+from s3d.segmentation.scores import Scores, number
 
 MEAN = "mean"
 

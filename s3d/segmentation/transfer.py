@@ -9,8 +9,6 @@ Source: Wald et al. (CVPR 2025): encoder and decoder are transferred, the stem i
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import Counter
 from pathlib import Path
@@ -21,6 +19,7 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
 
 from s3d.checkpoint import Weights, weights_of
+from s3d.csv_table import csv_text
 from s3d.data.store import write_atomically
 from s3d.import_weights import aliases
 from s3d.model import build_unet
@@ -136,13 +135,10 @@ def write_transfer_table(rows: list[TensorRow], path: Path) -> None:
     Raises:
         OSError: it could not be written.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(TensorRow._fields)
-    for row in rows:
-        shapes = _text(row.source_shape), _text(row.target_shape)
-        writer.writerow((row.name, row.action, row.source, *shapes, row.reason))
-    write_atomically(path, text.getvalue().encode())
+    table = (
+        (row.name, row.action, row.source, _text(row.source_shape), _text(row.target_shape), row.reason) for row in rows
+    )
+    write_atomically(path, csv_text(TensorRow._fields, table).encode())
 
 
 def _saved_network(saved: dict[str, Any]) -> tuple[str, ResidualEncoderUNet]:

@@ -25,6 +25,7 @@ from s3d.export_weights import ExportConfig, export
 from s3d.model import build_unet
 from s3d.segmentation import finetune as finetune_module
 from s3d.segmentation import planning as planning_module
+from s3d.segmentation import segmentation_validation as validation_module
 from s3d.segmentation import segmentation_validation as segmentation_validation_module
 from s3d.segmentation.finetune import FinetuneResult, finetune
 from s3d.segmentation.finetune_config import FinetuneConfig
@@ -110,6 +111,26 @@ def test_a_run_leaves_what_the_documentation_says(finished: tuple[FinetuneConfig
         header, *cases = csv.reader(file)
     assert header == ["case", "dice_shell", "dice_core"]
     assert [case[0] for case in cases] == ["case_3"]
+
+
+def test_some_cases_are_looked_at_on_the_way_and_all_at_the_end(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    predict = validation_module.predict_logits
+    monkeypatch.setattr(
+        validation_module, "predict_logits", lambda *args, **options: seen.append(1) or predict(*args, **options)
+    )
+    monkeypatch.setattr(validation_module, "MAX_CASES", 3)
+    config = configure(dataset, tmp_path / "run", fold="all", steps=2, validate_every=1)
+    finetune(config)
+    assert len(seen) == 3 + 4
+    with open(config.output_dir / "validation.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert [row[0] for row in rows] == ["case_0", "case_1", "case_2", "case_3"]
+    scores = np.array([[float(score) for score in row[1:]] for row in rows])
+    last = [row for row in read_log(config.output_dir / "log.csv") if "validation_dice" in row][-1]
+    assert [last[column] for column in header[1:]] == pytest.approx(scores.mean(0).tolist(), abs=1e-5)
 
 
 def test_a_stopped_run_resumes_to_the_last_bit(

@@ -25,8 +25,8 @@ from s3d.export_weights import ExportConfig, export
 from s3d.model import build_unet
 from s3d.segmentation import finetune as finetune_module
 from s3d.segmentation import planning as planning_module
-from s3d.segmentation import segmentation_validation as validation_module
 from s3d.segmentation import segmentation_validation as segmentation_validation_module
+from s3d.segmentation import segmentation_validation as validation_module
 from s3d.segmentation.finetune import FinetuneResult, finetune
 from s3d.segmentation.finetune_config import FinetuneConfig
 from s3d.segmentation.loss import SegmentationLoss

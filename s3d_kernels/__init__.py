@@ -1,10 +1,12 @@
 """3D convolution, normalisation and pooling over visible voxels only, as drop-in torch modules."""
 
 from ._version import __version__
+from .background import Background
 from .backends import REGISTRY, computes_natively, explain, load_measurements, tuning, use_backend
 from .block_mask import BlockMask
 from .block_sparse import BlockSparseTensor
 from .convert import to_sparse
+from .filled import FilledTensor
 from .functional import (
     sparse_batch_norm,
     sparse_conv3d,
@@ -25,8 +27,10 @@ from .modules import (
 
 __all__ = [
     "REGISTRY",
+    "Background",
     "BlockMask",
     "BlockSparseTensor",
+    "FilledTensor",
     "SparseAvgPool3d",
     "SparseBatchNorm3d",
     "SparseConv3d",

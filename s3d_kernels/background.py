@@ -70,8 +70,8 @@ class Background:
         """Add to each voxel what it has beyond the centre: nothing inside, so only the shell is touched.
 
         Args:
-            volume: [N, D, H, W, C], modified in place.
-        Returns: the same, with gradients for both.
+            volume: [N, D, H, W, C]; its memory becomes that of the result, so it is not to be used any more.
+        Returns: the sum, with gradients for both.
         """
         regions = self._shell()
         if not regions:
@@ -123,15 +123,15 @@ def _expand_along(values: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 class _AddRegions(torch.autograd.Function):
-    """Adds [a, b, c, C] to regions of a volume [N, D, H, W, C], in place: copies of the volume would cost more."""
+    """Adds [a, b, c, C] to regions of a volume [N, D, H, W, C], in its memory: a copy would cost more than the rest."""
 
     @staticmethod
     def forward(ctx: Any, volume: Tensor, places: list[Region], *parts: Tensor) -> Tensor:
         ctx.places, ctx.shapes = places, [part.shape for part in parts]
-        ctx.mark_dirty(volume)
+        total = volume.detach()  # with the same count of modifications, so that who kept the volume notices
         for place, part in zip(places, parts, strict=True):
-            volume[(slice(None), *place)] += part
-        return volume
+            total[(slice(None), *place)] += part
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .background import Background
-from .block_mask import Triple
+from .block_mask import BlockMask, Triple
 from .block_sparse import BlockSparseTensor, parts_of
 from .functional import sparse_conv3d
 
@@ -59,8 +59,8 @@ class FilledTensor:
         """Add all but the background's centre, which costs nothing as the bias of what makes the volume.
 
         Args:
-            volume: [N, D, H, W, C], contiguous, modified in place.
-        Returns: the same, with gradients for both.
+            volume: [N, D, H, W, C], contiguous; its memory becomes that of the result, so it is not to be used any more.
+        Returns: the sum, with gradients for both.
         """
         volume = self.background.add_border(volume)
         result: Tensor = _AddBlocks.apply(volume, self.correction.blocks.to(volume.dtype), self.correction.mask)
@@ -74,14 +74,14 @@ class FilledTensor:
 
 
 class _AddBlocks(torch.autograd.Function):
-    """Adds blocks [V, bd, bh, bw, C] to volumes [N, D, H, W, C], in place: a copy of these would cost more."""
+    """Adds blocks [V, bd, bh, bw, C] to volumes [N, D, H, W, C], in their memory, see `background._AddRegions`."""
 
     @staticmethod
-    def forward(ctx: Any, volumes: Tensor, blocks: Tensor, mask: Any) -> Tensor:
+    def forward(ctx: Any, volumes: Tensor, blocks: Tensor, mask: BlockMask) -> Tensor:
         ctx.mask = mask
-        ctx.mark_dirty(volumes)
-        parts_of(volumes, mask.block)[mask.index.long().unbind(1)] += blocks
-        return volumes
+        total = volumes.detach()
+        parts_of(total, mask.block)[mask.index.long().unbind(1)] += blocks
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

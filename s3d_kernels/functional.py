@@ -68,11 +68,8 @@ def sparse_conv3d(
     dtype, weight, bias = _autocast(source, weight, bias)
     name = backend or current_backend()
     arguments = (*_arguments(geometry), groups, name)
-    if (
-        target is source.mask
-        and source.may_fuse()
-        and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None
-    ):
+    may_fuse = target is source.mask and source.may_fuse()
+    if may_fuse and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None:
         return _conv3d_fused(source, weight, bias, arguments, dtype)
     blocks = source.blocks.to(dtype)
     y = BlockSparseTensor(operators.conv3d(blocks, weight, bias, *arguments), target)

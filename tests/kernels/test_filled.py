@@ -72,7 +72,7 @@ def test_a_mask_grows_by_whole_blocks(name: str) -> None:
         BlockMask.from_voxels(torch.ones(1, 5, 4, 4, dtype=torch.bool), 4).grow(1)
 
 
-@pytest.mark.parametrize("backend", [name for name in REGISTRY])
+@pytest.mark.parametrize("backend", list(REGISTRY))
 @mask_names
 def test_output_in_other_blocks_than_the_input(name: str, backend: str) -> None:
     """The oracle is the dense convolution of the visible voxels, cut out where output is wanted."""

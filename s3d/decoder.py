@@ -1,0 +1,95 @@
+"""The decoder of the masked autoencoder without the work whose result is known beforehand; see docs/method.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from s3d_kernels import Background, BlockMask, BlockSparseTensor, FilledTensor, phase_weights, sparse_conv3d, upconv3d
+
+def decode(
+    decoder: UNetDecoder, skips: Sequence[FilledTensor | Tensor], *, kernels: bool, checkpointed: bool = False
+) -> Tensor:
+    """What `decoder` gives for the same skips.
+
+    Args:
+        decoder: of a network that was converted with ``to_sparse``.
+        skips: features of each stage, from full resolution down.
+        kernels: compute the stages of which nothing is known with the kernels of s3d_kernels, not with torch's.
+        checkpointed: keep only what goes into a stage, see ``S3D.checkpoint_activations``.
+    Returns: [N, C_out, D, H, W].
+    """
+    *finer, deepest = skips
+    if isinstance(deepest, FilledTensor):
+        deepest = deepest.to_dense()
+    mask = whole_mask(deepest)
+    x = whole_blocks(deepest, mask)
+    for up, stage, skip in zip(decoder.transpconvs, decoder.stages, finer[::-1], strict=True):
+        mask = mask.upsample(up.stride)
+        if isinstance(skip, FilledTensor):
+            arguments = (up, stage, x, skip, mask)
+            x = checkpoint(_merge, *arguments, use_reentrant=False) if checkpointed else _merge(*arguments)
+        elif kernels:
+            x = stage(torch.cat((up(x), whole_blocks(skip, mask)), 1))
+        else:
+            x = whole_blocks(stage(torch.cat((up(dense_features(x)), skip), 1)), mask)
+    head = decoder.seg_layers[-1]
+    reconstruction: Tensor = dense_features(head(x)) if kernels else head(dense_features(x))
+    return reconstruction
+
+
+def _merge(
+    up: nn.ConvTranspose3d, stage: nn.Module, x: BlockSparseTensor, skip: FilledTensor, mask: BlockMask
+) -> BlockSparseTensor:
+    """A stage of the decoder: what `stage(cat(up(x), skip))` gives."""
+    first, *rest = stage.convs
+    weight, bias = first.conv.weight, first.conv.bias
+    of_up, of_skip = weight.split((up.out_channels, weight.shape[1] - up.out_channels), dim=1)
+    background = skip.background
+    if _fusing_pays(up, weight, math.prod(mask.shape) * mask.batch):
+        if up.bias is None:
+            background = background.conv3d(of_skip, bias)
+        else:
+            background = Background.constant(up.bias, mask.shape).cat(background).conv3d(weight, bias)
+        y = upconv3d(x.blocks, phase_weights(up.weight, of_up), background.centre)
+    else:
+        background = background.conv3d(of_skip, bias)
+        y = sparse_conv3d(up(x), of_up, background.centre, 1, first.conv.padding).blocks
+    y = skip.conv3d_of(of_skip, background).add_beyond_centre(y)
+    merged = BlockSparseTensor(y, mask)
+    for module in (*first.all_modules[1:], *rest):
+        merged = module(merged)
+    return merged
+
+
+def _fusing_pays(up: nn.ConvTranspose3d, weight: Tensor, voxels: int) -> bool:
+    """Whether the fused up-convolution saves more than the product of the two weights costs.
+
+    Multiplications are counted; because kernels of 3^3 save many of theirs (Winograd), by a margin.
+    """
+    if up.kernel_size != (2, 2, 2) or up.stride != (2, 2, 2) or weight.shape[2:] != (3, 3, 3):
+        return False
+    below, between, out = up.in_channels, up.out_channels, len(weight)
+    saved = voxels * (27 * out * between + between * below - 8 * out * below)
+    return saved >= 4 * 216 * out * between * below
+
+
+def whole_mask(x: Tensor) -> BlockMask:
+    """All of each sample of dense features [N, C, D, H, W] as one visible block."""
+    everything = torch.ones(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
+    return BlockMask.from_grid(everything, tuple(x.shape[2:]))
+
+
+def whole_blocks(x: Tensor, mask: BlockMask) -> BlockSparseTensor:
+    """Dense features [N, C, D, H, W] under a mask that has each sample as one block, in channels-last memory."""
+    return BlockSparseTensor(x.permute(0, 2, 3, 4, 1).contiguous(), mask)
+
+
+def dense_features(x: BlockSparseTensor) -> Tensor:
+    """The reverse, without a copy."""
+    return x.blocks.permute(0, 4, 1, 2, 3)

@@ -15,6 +15,7 @@ from .functional import (
     sparse_instance_norm,
     sparse_pool3d,
 )
+from .fused_upconv import fused_upconv3d, phase_weights
 from .modules import (
     SparseAvgPool3d,
     SparseBatchNorm3d,
@@ -41,7 +42,9 @@ __all__ = [
     "__version__",
     "computes_natively",
     "explain",
+    "fused_upconv3d",
     "load_measurements",
+    "phase_weights",
     "sparse_batch_norm",
     "sparse_conv3d",
     "sparse_conv_transpose3d",

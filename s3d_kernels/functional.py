@@ -53,7 +53,7 @@ def sparse_conv3d(
         )
     if groups < 1 or len(weight) % groups:
         raise ValueError(f"groups must divide the {len(weight)} output channels, got {groups}")
-    _check_vector("bias", bias, len(weight))
+    check_vector("bias", bias, len(weight))
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     steps = triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
@@ -139,7 +139,7 @@ def sparse_conv_transpose3d(
         )
     if groups < 1 or len(weight) % groups:
         raise ValueError(f"groups must divide the {len(weight)} input channels, got {groups}")
-    _check_vector("bias", bias, weight.shape[1] * groups)
+    check_vector("bias", bias, weight.shape[1] * groups)
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     fine = x.mask.upsample(kernel_size)
     # It is the gradient of the convolution fine -> coarse with respect to its input.
@@ -331,7 +331,7 @@ def _normalize(
     backend: str | None,
 ) -> BlockSparseTensor:
     for name, vector in (("weight", weight), ("bias", bias)):
-        _check_vector(name, vector, x.blocks.shape[-1])
+        check_vector(name, vector, x.blocks.shape[-1])
     norm = PendingNorm(
         x.blocks,
         weight,
@@ -348,7 +348,14 @@ def _normalize(
     return BlockSparseTensor.of_norm(norm.waiting(), x.mask, x)
 
 
-def _check_vector(name: str, vector: Tensor | None, channels: int) -> None:
+def autocast_dtype(x: Tensor | BlockSparseTensor) -> torch.dtype | None:
+    """In what to compute with x where torch.autocast is on, as torch's own convolution does; otherwise None."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def check_vector(name: str, vector: Tensor | None, channels: int) -> None:
     if vector is not None and vector.shape != (channels,):
         raise ValueError(f"{name} must be a vector of {channels} channels, got shape {tuple(vector.shape)}")
 
@@ -422,8 +429,8 @@ def _arguments(geometry: WindowGeometry) -> tuple[Tensor, Tensor | None, Tensor,
 
 def _autocast(x: BlockSparseTensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, Tensor, Tensor | None]:
     """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         return dtype, weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must have the same dtype outside autocast, got {x.dtype} and {weight.dtype}")

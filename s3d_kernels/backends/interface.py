@@ -75,7 +75,18 @@ class BlocksProblem:
     operator: str = "blocks"
 
 
-Problem = ConvProblem | NormProblem | PoolProblem | BlocksProblem
+@dataclass(frozen=True)
+class UpconvProblem:
+    """An up-convolution of dense volumes."""
+
+    device: str
+    dtype: torch.dtype
+    in_channels: int
+    out_channels: int
+    operator: str = "upconv3d"
+
+
+Problem = ConvProblem | NormProblem | PoolProblem | BlocksProblem | UpconvProblem
 
 
 @dataclass(frozen=True)
@@ -217,6 +228,32 @@ class Backend(Protocol):
         geometry: WindowGeometry,
         groups: int,
     ) -> tuple[Tensor, Tensor]:  # [C_out, C_in / groups, kd, kh, kw], [C_out] (of the bias)
+        ...
+
+    def upconv3d(
+        self,
+        x: Tensor,  # [N, d, h, w, C_low]
+        weight: Tensor,  # [2, 2, 2, C, C_low, 2, 2, 2]: phase p, channels, tap t
+        bias: Tensor | None,  # [C]
+    ) -> Tensor:  # [N, 2d, 2h, 2w, C]
+        """y[n, 2 q + p] = bias + sum over t of weight[p, :, :, t] @ x[n, q + t - 1 + p], zeros outside the volume.
+
+        Volumes are dense and contiguous, here and in the gradients below.
+        """
+        ...
+
+    def upconv3d_grad_input(
+        self,
+        grad: Tensor,  # [N, 2d, 2h, 2w, C]
+        weight: Tensor,  # [2, 2, 2, C, C_low, 2, 2, 2]
+    ) -> Tensor:  # [N, d, h, w, C_low]
+        ...
+
+    def upconv3d_grad_weight(
+        self,
+        grad: Tensor,  # [N, 2d, 2h, 2w, C]
+        x: Tensor,  # [N, d, h, w, C_low]
+    ) -> tuple[Tensor, Tensor]:  # [2, 2, 2, C, C_low, 2, 2, 2], [C] (of the bias)
         ...
 
     def pool3d(self, x: Tensor, geometry: WindowGeometry, kind: PoolKind, divisor: int) -> Tensor:

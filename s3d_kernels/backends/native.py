@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import stacked_phases
 from .first_use import FirstUseChecks
-from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
+from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, UpconvProblem, WindowGeometry
 from .native_library import PACKAGE, NativeLibrary
 
 
@@ -128,7 +129,7 @@ class NativeBackend:
         if problem.dtype not in library.dtypes:
             *others, last = (str(dtype).removeprefix("torch.") for dtype in library.dtypes)
             return f"on {problem.device} it computes {', '.join(others)} and {last}, not {problem.dtype}"
-        if isinstance(problem, ConvProblem) and min(problem.in_channels, problem.out_channels) < 1:
+        if isinstance(problem, ConvProblem | UpconvProblem) and min(problem.in_channels, problem.out_channels) < 1:
             return "it needs at least one channel"
         reason = library.why_not()
         if reason is None and library.check_first_use:
@@ -194,6 +195,32 @@ class NativeBackend:
         grad_weight = _empty(x, grad.shape[-1], x.shape[-1] // groups, *geometry.kernel_size)
         grad_bias = _empty(x, grad.shape[-1])
         self._call("conv3d_grad_weight", _in(grad), _in(x), *_window(geometry), groups, grad_weight, grad_bias)
+        return grad_weight, grad_bias
+
+    # ---- up-convolution
+
+    def upconv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._libraries[x.device.type].upconvolves:
+            return stacked_phases.upconv3d(self, x, weight, bias)
+        batch, *sizes, _ = x.shape
+        y = _empty(x, batch, *(2 * size for size in sizes), weight.shape[3])
+        self._call("upconv3d", _in(x), _in(weight), _maybe(bias), y)
+        return y
+
+    def upconv3d_grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        if not self._libraries[grad.device.type].upconvolves:
+            return stacked_phases.upconv3d_grad_input(self, grad, weight)
+        batch, *sizes, _ = grad.shape
+        grad_x = _empty(grad, batch, *(size // 2 for size in sizes), weight.shape[4])
+        self._call("upconv3d_grad_input", _in(grad), _in(weight), grad_x)
+        return grad_x
+
+    def upconv3d_grad_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._libraries[grad.device.type].upconvolves:
+            return stacked_phases.upconv3d_grad_weight(self, grad, x)
+        grad_weight = _empty(x, 2, 2, 2, grad.shape[-1], x.shape[-1], 2, 2, 2)
+        grad_bias = _empty(x, grad.shape[-1])
+        self._call("upconv3d_grad_weight", _in(grad), _in(x), grad_weight, grad_bias)
         return grad_weight, grad_bias
 
     # ---- pooling

@@ -8,6 +8,7 @@ from .blocks import gather_blocks, scatter_blocks
 from .conv import conv3d, conv3d_fused, conv3d_grad_input
 from .norm import compute_deferred, norm_apply, norm_statistics, normalize, normalize_deferred
 from .pool import pool3d
+from .upconv import upconv3d
 
 __all__ = [
     "compute_deferred",
@@ -21,4 +22,5 @@ __all__ = [
     "normalize_deferred",
     "pool3d",
     "scatter_blocks",
+    "upconv3d",
 ]

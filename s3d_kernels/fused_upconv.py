@@ -1,0 +1,122 @@
+"""A transposed convolution and the convolution behind it as one up-convolution of the coarse volume."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .backends import current_backend
+from .background import Background
+from .functional import autocast_dtype, check_vector
+
+
+def fused_upconv3d(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str | None = None,
+) -> Tensor:
+    """Transposed convolution with kernel and stride 2, then a 3^3 convolution with padding 1, without what is between.
+
+    The same as ``conv3d(conv_transpose3d(x, up_weight, up_bias, stride=2), weight, bias, padding=1)``, border included.
+    Each voxel of the result sees 2^3 voxels of ``x``; see :func:`phase_weights`. What the transposed convolution's bias
+    contributes depends only on the distance to the border and is added there; see :class:`Background`.
+
+    Args:
+        x: features [N, C_low, D, H, W]; float32, float64, bfloat16 or float16.
+        up_weight: [C_low, C_mid, 2, 2, 2], of the transposed convolution.
+        up_bias: [C_mid] or None.
+        weight: [C, C_mid, 3, 3, 3], of the convolution.
+        bias: [C] or None.
+        backend: name of a backend; default is the current one, see ``use_backend``.
+    Returns: [N, C, 2 D, 2 H, 2 W] in channels-last memory; dtype of x, or that of autocast where it is on.
+    Raises:
+        ValueError: shapes or dtypes do not fit; an unknown backend or one that cannot do this.
+    """
+    if x.dim() != 5:
+        raise ValueError(f"x must be [N, C_low, D, H, W], got shape {tuple(x.shape)}")
+    _check_weights(up_weight, weight)
+    if up_weight.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"up_weight must be [C_low, C_mid, 2, 2, 2] for C_low={x.shape[1]}, got {tuple(up_weight.shape)}"
+        )
+    check_vector("up_bias", up_bias, up_weight.shape[1])
+    check_vector("bias", bias, len(weight))
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        dtype = x.dtype
+        for name, parameter in (("up_weight", up_weight), ("up_bias", up_bias), ("weight", weight), ("bias", bias)):
+            if parameter is not None and parameter.dtype != dtype:
+                raise ValueError(
+                    f"x and {name} must have the same dtype outside autocast, got {dtype} and {parameter.dtype}"
+                )
+    background = None
+    if up_bias is not None:
+        shape = (2 * x.shape[2], 2 * x.shape[3], 2 * x.shape[4])
+        background = Background.constant(_wide(up_bias), shape)
+        background = background.conv3d(_wide(weight), None if bias is None else _wide(bias))
+        bias = background.centre
+    phases = phase_weights(up_weight, weight).to(dtype)
+    y: Tensor = operators.upconv3d(
+        x.to(dtype).permute(0, 2, 3, 4, 1),
+        phases,
+        None if bias is None else bias.to(dtype),
+        backend or current_backend(),
+    )
+    if background is not None:
+        y = background.add_border(y)
+    return y.permute(0, 4, 1, 2, 3)
+
+
+def phase_weights(up_weight: Tensor, weight: Tensor) -> Tensor:
+    """The weight of the up-convolution that equals a transposed convolution and the convolution behind it.
+
+    The transposed convolution writes fine voxel 2 m + r from coarse voxel m by its sub-voxel r in {0, 1}^3. So tap k of
+    the convolution at fine voxel 2 q + p (its phase p) meets, along each axis,
+
+        p = 0:   k = -1: m = q - 1, r = 1    k = 0: m = q, r = 0    k = +1: m = q,     r = 1
+        p = 1:   k = -1: m = q,     r = 0    k = 0: m = q, r = 1    k = +1: m = q + 1, r = 0
+
+    and what meets the same coarse voxel m = q + t - 1 + p is one tap t in {0, 1}^3 of the phase.
+
+    Args:
+        up_weight: [C_low, C_mid, 2, 2, 2], of the transposed convolution with stride 2.
+        weight: [C, C_mid, 3, 3, 3], of the convolution with padding 1.
+    Returns: [2, 2, 2, C, C_low, 2, 2, 2]: phase, channels, tap. float64 for float64, else float32, under autocast too:
+        the sums are over many channels, and are to be rounded once.
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check_weights(up_weight, weight)
+    channels, middle = weight.shape[:2]
+    channels_low = len(up_weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        left = _wide(weight).permute(2, 3, 4, 0, 1).reshape(27 * channels, middle)
+        right = _wide(up_weight).permute(1, 2, 3, 4, 0).reshape(middle, 8 * channels_low)
+        products = (left @ right).view(3, 3, 3, channels, 2, 2, 2, channels_low)
+    for axis in range(3):
+        products = _meet(products, axis, axis + 4)
+    return products.permute(0, 1, 2, 3, 7, 4, 5, 6).contiguous()
+
+
+def _meet(products: Tensor, taps: int, sub_voxels: int) -> Tensor:
+    """Along one axis: the products of tap k (3 of them) and sub-voxel r (2) summed to phase p (2) and tap t (2)."""
+    (k0r0, k0r1), (k1r0, k1r1), (k2r0, k2r1) = (tap.unbind(sub_voxels - 1) for tap in products.unbind(taps))
+    phases = [[k0r1, k1r0 + k2r1], [k0r0 + k1r1, k2r0]]
+    return torch.stack([torch.stack(taps_of_phase, sub_voxels - 1) for taps_of_phase in phases], taps)
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    return parameter if parameter.dtype == torch.float64 else parameter.float()
+
+
+def _check_weights(up_weight: Tensor, weight: Tensor) -> None:
+    if up_weight.dim() != 5 or up_weight.shape[2:] != (2, 2, 2):
+        raise ValueError(f"up_weight must be [C_low, C_mid, 2, 2, 2], got {tuple(up_weight.shape)}")
+    if weight.dim() != 5 or weight.shape[1] != up_weight.shape[1] or weight.shape[2:] != (3, 3, 3):
+        raise ValueError(
+            f"weight must be [C, C_mid, 3, 3, 3] for C_mid={up_weight.shape[1]}, got {tuple(weight.shape)}"
+        )

@@ -10,7 +10,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s3d_kernels import Background, BlockMask, BlockSparseTensor, FilledTensor, phase_weights, sparse_conv3d, upconv3d
+from s3d_kernels import BlockMask, BlockSparseTensor, FilledTensor, fused_upconv3d, sparse_conv3d
 
 def decode(
     decoder: UNetDecoder, skips: Sequence[FilledTensor | Tensor], *, kernels: bool, checkpointed: bool = False
@@ -49,18 +49,13 @@ def _merge(
     """A stage of the decoder: what `stage(cat(up(x), skip))` gives."""
     first, *rest = stage.convs
     weight, bias = first.conv.weight, first.conv.bias
-    of_up, of_skip = weight.split((up.out_channels, weight.shape[1] - up.out_channels), dim=1)
-    background = skip.background
     if _fusing_pays(up, weight, math.prod(mask.shape) * mask.batch):
-        if up.bias is None:
-            background = background.conv3d(of_skip, bias)
-        else:
-            background = Background.constant(up.bias, mask.shape).cat(background).conv3d(weight, bias)
-        y = upconv3d(x.blocks, phase_weights(up.weight, of_up), background.centre)
+        y = fused_upconv3d(dense_features(x), up.weight, up.bias, weight, bias, skip).permute(0, 2, 3, 4, 1)
     else:
-        background = background.conv3d(of_skip, bias)
-        y = sparse_conv3d(up(x), of_up, background.centre, 1, first.conv.padding).blocks
-    y = skip.conv3d_of(of_skip, background).add_beyond_centre(y)
+        of_up, of_skip = weight.split((up.out_channels, weight.shape[1] - up.out_channels), dim=1)
+        background = skip.background.conv3d(of_skip, bias)
+        upsampled = sparse_conv3d(up(x), of_up, background.centre, 1, first.conv.padding)
+        y = skip.conv3d_of(of_skip, background).add_beyond_centre(upsampled.blocks)
     merged = BlockSparseTensor(y, mask)
     for module in (*first.all_modules[1:], *rest):
         merged = module(merged)

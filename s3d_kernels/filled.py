@@ -34,6 +34,11 @@ class FilledTensor:
     background: Background
     margin: Triple = (0, 0, 0)
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the dense tensor that this stands for, (N, C, D, H, W)."""
+        return self.correction.shape
+
     def conv3d(self, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> FilledTensor:
         """Convolution over the whole volume, with stride 1 and zero padding that keeps the size.
 

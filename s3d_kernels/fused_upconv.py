@@ -8,6 +8,7 @@ from torch import Tensor
 from . import operators
 from .backends import current_backend
 from .background import Background
+from .filled import FilledTensor
 from .functional import autocast_dtype, check_vector
 
 
@@ -17,20 +18,24 @@ def fused_upconv3d(
     up_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    skip: FilledTensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Transposed convolution with kernel and stride 2, then a 3^3 convolution with padding 1, without what is between.
 
     The same as ``conv3d(conv_transpose3d(x, up_weight, up_bias, stride=2), weight, bias, padding=1)``, border included.
     Each voxel of the result sees 2^3 voxels of ``x``; see :func:`phase_weights`. What the transposed convolution's bias
-    contributes depends only on the distance to the border and is added there; see :class:`Background`.
+    contributes depends only on the distance to the border and is added there; see :class:`Background`. With ``skip``,
+    features that follow the upsampled ones along the channels, as in the decoder of a U-Net:
+    ``conv3d(cat([conv_transpose3d(...), skip.to_dense()], 1), weight, bias, padding=1)``.
 
     Args:
         x: features [N, C_low, D, H, W]; float32, float64, bfloat16 or float16.
         up_weight: [C_low, C_mid, 2, 2, 2], of the transposed convolution.
         up_bias: [C_mid] or None.
-        weight: [C, C_mid, 3, 3, 3], of the convolution.
+        weight: [C, C_mid, 3, 3, 3], of the convolution; with ``skip`` [C, C_mid + C_skip, 3, 3, 3].
         bias: [C] or None.
+        skip: [N, C_skip, 2 D, 2 H, 2 W] or None.
         backend: name of a backend; default is the current one, see ``use_backend``.
     Returns: [N, C, 2 D, 2 H, 2 W] in channels-last memory; dtype of x, or that of autocast where it is on.
     Raises:
@@ -38,13 +43,21 @@ def fused_upconv3d(
     """
     if x.dim() != 5:
         raise ValueError(f"x must be [N, C_low, D, H, W], got shape {tuple(x.shape)}")
-    _check_weights(up_weight, weight)
+    middle = up_weight.shape[1]
+    of_up = weight if skip is None else weight[:, :middle]
+    _check_weights(up_weight, of_up)
     if up_weight.shape[0] != x.shape[1]:
         raise ValueError(
             f"up_weight must be [C_low, C_mid, 2, 2, 2] for C_low={x.shape[1]}, got {tuple(up_weight.shape)}"
         )
-    check_vector("up_bias", up_bias, up_weight.shape[1])
+    check_vector("up_bias", up_bias, middle)
     check_vector("bias", bias, len(weight))
+    shape = (2 * x.shape[2], 2 * x.shape[3], 2 * x.shape[4])
+    if skip is not None and tuple(skip.shape) != (len(x), weight.shape[1] - middle, *shape):
+        raise ValueError(
+            f"skip must be [{len(x)}, {weight.shape[1] - middle}, {', '.join(map(str, shape))}] for x of shape "
+            f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}, got {tuple(skip.shape)}"
+        )
     dtype = autocast_dtype(x)
     if dtype is None:
         dtype = x.dtype
@@ -53,21 +66,22 @@ def fused_upconv3d(
                 raise ValueError(
                     f"x and {name} must have the same dtype outside autocast, got {dtype} and {parameter.dtype}"
                 )
-    background = None
-    if up_bias is not None:
-        shape = (2 * x.shape[2], 2 * x.shape[3], 2 * x.shape[4])
-        background = Background.constant(_wide(up_bias), shape)
-        background = background.conv3d(_wide(weight), None if bias is None else _wide(bias))
-        bias = background.centre
-    phases = phase_weights(up_weight, weight).to(dtype)
-    y: Tensor = operators.upconv3d(
-        x.to(dtype).permute(0, 2, 3, 4, 1),
-        phases,
-        None if bias is None else bias.to(dtype),
-        backend or current_backend(),
-    )
-    if background is not None:
-        y = background.add_border(y)
+    # What is known beforehand of the convolution's input, and so of its result.
+    known = None if up_bias is None else Background.constant(_wide(up_bias), shape)
+    if skip is not None:
+        upsampled = known or Background.constant(_wide(up_weight.new_zeros(middle)), shape)
+        known = upsampled.cat(skip.background)
+    if known is not None:
+        known = known.conv3d(_wide(weight), None if bias is None else _wide(bias))
+        bias = known.centre
+    name = backend or current_backend()
+    phases = phase_weights(up_weight, of_up).to(dtype)
+    volume = x.to(dtype).permute(0, 2, 3, 4, 1)
+    y: Tensor = operators.upconv3d(volume, phases, None if bias is None else bias.to(dtype), name)
+    if known is not None and skip is not None:
+        y = skip.conv3d_of(weight[:, middle:], known, name).add_beyond_centre(y)
+    elif known is not None:
+        y = known.add_border(y)
     return y.permute(0, 4, 1, 2, 3)
 
 

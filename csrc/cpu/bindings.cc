@@ -43,6 +43,10 @@ const cpu::Kernels<S>& kernels() {
   return std::get<cpu::Kernels<S>>(current()->conv);
 }
 template <typename S>
+const cpu::UpconvKernels<S>& upconv_kernels() {
+  return std::get<cpu::UpconvKernels<S>>(current()->upconv);
+}
+template <typename S>
 const cpu::NormKernels<S>& norm_kernels() {
   return std::get<cpu::NormKernels<S>>(current()->norm);
 }
@@ -177,6 +181,71 @@ void conv3d_grad_weight(TensorView grad, TensorView x, MaybeTensor source_voxels
     const int n = checked_threads(threads);
     by_dtype(grad, "grad", [&](auto t) {
       conv3d_grad_weight_of<decltype(t)>(grad, x, g, groups, grad_weight, grad_bias, n);
+    });
+  });
+}
+
+// A coarse volume x [N, d, h, w, C_low] and a fine one y [N, 2d, 2h, 2w, C].
+cpu::Upconv upconv_of(const TensorView& x, const char* x_name, const TensorView& y, const char* y_name) {
+  const int64_t in = last_size(x, x_name), out = last_size(y, y_name);
+  const cpu::Upconv u = {x.size(0), block_of(x), in, out};
+  check_positive(u.shape, "sides of the volume", 1);
+  if (in < 1 || out < 1) TVM_FFI_THROW(ValueError) << "up-convolution needs at least one channel";
+  const Triple fine = block_of(y);
+  if (y.size(0) != u.batch || fine.d != 2 * u.shape.d || fine.h != 2 * u.shape.h || fine.w != 2 * u.shape.w) {
+    TVM_FFI_THROW(ValueError) << y_name << " must have twice the sides of " << x_name << " " << text(x) << ", got " << text(y);
+  }
+  return u;
+}
+
+template <typename T>
+T* coarse(const TensorView& t, const char* name, const cpu::Upconv& u) {
+  return data<T>(t, name, {u.batch, u.shape.d, u.shape.h, u.shape.w, u.in_channels});
+}
+template <typename T>
+T* fine(const TensorView& t, const char* name, const cpu::Upconv& u) {
+  return data<T>(t, name, {u.batch, 2 * u.shape.d, 2 * u.shape.h, 2 * u.shape.w, u.out_channels});
+}
+template <typename T>
+T* phases(const TensorView& t, const char* name, const cpu::Upconv& u) {
+  return data<T>(t, name, {2, 2, 2, u.out_channels, u.in_channels, 2, 2, 2});
+}
+
+void upconv3d(TensorView x, TensorView weight, MaybeTensor bias, TensorView y, int64_t threads) {
+  guarded([&] {
+    const cpu::Upconv u = upconv_of(x, "x", y, "y");
+    const int n = checked_threads(threads);
+    by_dtype(x, "x", [&](auto t) {
+      using T = decltype(t);
+      upconv_kernels<T>().upconv3d(u, coarse<T>(x, "x", u), phases<T>(weight, "weight", u),
+                                   data<T>(bias, "bias", {u.out_channels}), fine<T>(y, "y", u), n);
+    });
+  });
+}
+
+void upconv3d_grad_input(TensorView grad, TensorView weight, TensorView grad_x, int64_t threads) {
+  guarded([&] {
+    const cpu::Upconv u = upconv_of(grad_x, "grad_x", grad, "grad");
+    const int n = checked_threads(threads);
+    by_dtype(grad, "grad", [&](auto t) {
+      using T = decltype(t);
+      upconv_kernels<T>().grad_input(u, fine<T>(grad, "grad", u), phases<T>(weight, "weight", u),
+                                     coarse<T>(grad_x, "grad_x", u), n);
+    });
+  });
+}
+
+void upconv3d_grad_weight(TensorView grad, TensorView x, TensorView grad_weight, TensorView grad_bias, int64_t threads) {
+  guarded([&] {
+    const cpu::Upconv u = upconv_of(x, "x", grad, "grad");
+    const int n = checked_threads(threads);
+    by_dtype(grad, "grad", [&](auto t) {
+      using T = decltype(t);
+      const T* from = fine<T>(grad, "grad", u);
+      upconv_kernels<T>().grad_weight(u, from, coarse<T>(x, "x", u), phases<T>(grad_weight, "grad_weight", u), n);
+      const int32_t offsets[2] = {0, static_cast<int32_t>(u.batch)};
+      const cpu::Rows rows = {1, offsets, 8 * u.shape.volume(), nullptr};
+      norm_kernels<T>().channel_sums(rows, from, data<T>(grad_bias, "grad_bias", {u.out_channels}), u.out_channels, n);
     });
   });
 }
@@ -441,6 +510,9 @@ bool has_threads() {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d, conv3d);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_input, conv3d_grad_input);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(conv3d_grad_weight, conv3d_grad_weight);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(upconv3d, upconv3d);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(upconv3d_grad_input, upconv3d_grad_input);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(upconv3d_grad_weight, upconv3d_grad_weight);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool3d, pool3d);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool3d_grad, pool3d_grad);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_statistics, norm_statistics);

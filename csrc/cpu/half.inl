@@ -185,3 +185,22 @@ void conv3d_grad_weight_winograd_half(const Window& window, const S* grad, const
                          conv3d_grad_weight_winograd(window, g, from, w, in_channels, out_channels, threads);
                        });
 }
+
+template <typename S>
+void upconv3d_half(const Upconv& u, const S* x, const S* weight, const S* bias, S* y, int threads) {
+  const InFloat<S> from(x, u.inputs(), threads), w(weight, u.weights(), threads), b(bias, u.out_channels, threads);
+  rounded(y, u.outputs(), threads, [&](float* to) { upconv3d(u, from.data(), w.data(), b.data(), to, threads); });
+}
+
+template <typename S>
+void upconv3d_grad_input_half(const Upconv& u, const S* grad, const S* weight, S* grad_x, int threads) {
+  const InFloat<S> g(grad, u.outputs(), threads), w(weight, u.weights(), threads);
+  rounded(grad_x, u.inputs(), threads, [&](float* to) { upconv3d_grad_input(u, g.data(), w.data(), to, threads); });
+}
+
+template <typename S>
+void upconv3d_grad_weight_half(const Upconv& u, const S* grad, const S* x, S* grad_weight, int threads) {
+  const InFloat<S> g(grad, u.outputs(), threads), from(x, u.inputs(), threads);
+  rounded(grad_weight, u.weights(), threads,
+          [&](float* w) { upconv3d_grad_weight(u, g.data(), from.data(), w, threads); });
+}

@@ -26,6 +26,25 @@ struct Kernels {
                                       int64_t out_channels, int threads);
 };
 
+// A fused up-convolution of whole volumes: the coarse [batch, shape, in_channels], the fine one of twice the sides
+// [batch, 2 * shape, out_channels].
+struct Upconv {
+  int64_t batch;
+  Triple shape;
+  int64_t in_channels, out_channels;
+  int64_t inputs() const { return batch * shape.volume() * in_channels; }
+  int64_t outputs() const { return 8 * batch * shape.volume() * out_channels; }
+  int64_t weights() const { return 64 * out_channels * in_channels; }
+};
+
+// weight [2, 2, 2, out_channels, in_channels, 2, 2, 2]: phase, channels, tap. bias [out_channels] or null.
+template <typename T>
+struct UpconvKernels {
+  void (*upconv3d)(const Upconv&, const T* x, const T* weight, const T* bias, T* y, int threads);
+  void (*grad_input)(const Upconv&, const T* grad, const T* weight, T* grad_x, int threads);
+  void (*grad_weight)(const Upconv&, const T* grad, const T* x, T* grad_weight, int threads);
+};
+
 // Rows of a block-compact tensor, sample by sample.
 struct Rows {
   int64_t samples;
@@ -79,6 +98,7 @@ struct InstructionSet {
   bool (*supported)();
   bool (*winograd_applies)(const Window&);
   OfEachType<Kernels> conv;
+  OfEachType<UpconvKernels> upconv;
   OfEachType<NormKernels> norm;
   OfEachType<PoolKernels> pool;
 };

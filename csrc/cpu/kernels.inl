@@ -25,6 +25,7 @@ namespace {
 #include "cpu/few.inl"
 #include "cpu/shallow.inl"
 #include "cpu/winograd.inl"
+#include "cpu/upconv.inl"
 #include "cpu/half.inl"
 #include "cpu/norm.inl"
 #include "cpu/pool.inl"
@@ -38,6 +39,14 @@ constexpr Kernels<T> conv_kernels() {
 template <typename S>
 constexpr Kernels<S> half_conv_kernels() {
   return {conv3d_half<S>, conv3d_winograd_half<S>, conv3d_grad_weight_half<S>, conv3d_grad_weight_winograd_half<S>};
+}
+template <typename T>
+constexpr UpconvKernels<T> upconv_kernels() {
+  return {upconv3d<T>, upconv3d_grad_input<T>, upconv3d_grad_weight<T>};
+}
+template <typename S>
+constexpr UpconvKernels<S> half_upconv_kernels() {
+  return {upconv3d_half<S>, upconv3d_grad_input_half<S>, upconv3d_grad_weight_half<S>};
 }
 template <typename S>
 constexpr NormKernels<S> norm_kernels() {
@@ -55,6 +64,8 @@ const InstructionSet& S3D_SET() {
       supported,
       winograd_applies,
       {conv_kernels<float>(), conv_kernels<double>(), half_conv_kernels<bfloat16>(), half_conv_kernels<float16>()},
+      {upconv_kernels<float>(), upconv_kernels<double>(), half_upconv_kernels<bfloat16>(),
+       half_upconv_kernels<float16>()},
       {norm_kernels<float>(), norm_kernels<double>(), norm_kernels<bfloat16>(), norm_kernels<float16>()},
       {pool_kernels<float>(), pool_kernels<double>(), pool_kernels<bfloat16>(), pool_kernels<float16>()},
   };

@@ -14,7 +14,7 @@ from torch import Tensor
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
 from s3d_kernels.backends import BlocksProblem
 from s3d_kernels.block_sparse import block_geometry
-from s3d_kernels.operators import blocks, conv, norm, pool
+from s3d_kernels.operators import blocks, conv, norm, pool, upconv
 
 # Relative l2 error of a whole tensor, or twice that of torch's dense operator in the same dtype, where that is larger
 # (its half-precision convolutions on the CPU add up many products in half precision). A single voxel's row may be off
@@ -375,6 +375,16 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
             (pool.pool3d_grad, (grad, x.detach(), *tensors, "max", 27, name)),
             (pool.pool3d_grad, (grad, None, *tensors, "avg", 27, name)),
         ]
+    volume = torch.randn(2, 3, 1, 2, 4, requires_grad=True)
+    weight, bias = torch.randn(2, 2, 2, 6, 4, 2, 2, 2, requires_grad=True), torch.randn(6, requires_grad=True)
+    fine = torch.randn(2, 6, 2, 4, 6, requires_grad=True)
+    calls += [
+        (upconv.upconv3d, (volume, weight, bias, name)),
+        (upconv.upconv3d, (torch.randn(2, 4, 3, 1, 2).permute(0, 2, 3, 4, 1), weight.detach(), None, name)),
+        (upconv.upconv3d_grad_input, (fine, weight, name)),
+        (upconv.upconv3d_grad_input, (torch.randn(2, 6, 6, 2, 4).permute(0, 2, 3, 4, 1), weight, name)),
+        (upconv.upconv3d_grad_weight, (fine, volume, name)),
+    ]
     return calls
 
 
@@ -386,4 +396,4 @@ def test_opcheck(backend: str) -> None:
     for operator, arguments in operator_calls(backend):
         torch.library.opcheck(operator, arguments)  # type: ignore[arg-type]
         checked.add(operator._name)  # type: ignore[attr-defined]
-    assert len(checked) == 12
+    assert len(checked) == 15

@@ -13,6 +13,7 @@ from .functional import (
     sparse_instance_norm,
     sparse_pool3d,
 )
+from .masked_head import masked_head
 from .modules import (
     SparseAvgPool3d,
     SparseBatchNorm3d,
@@ -38,6 +39,7 @@ __all__ = [
     "computes_natively",
     "explain",
     "load_measurements",
+    "masked_head",
     "sparse_batch_norm",
     "sparse_conv3d",
     "sparse_conv_transpose3d",

@@ -50,7 +50,7 @@ def sparse_conv3d(
         )
     if groups < 1 or len(weight) % groups:
         raise ValueError(f"groups must divide the {len(weight)} output channels, got {groups}")
-    _check_vector("bias", bias, len(weight))
+    check_vector("bias", bias, len(weight))
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     steps = triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
@@ -58,7 +58,7 @@ def sparse_conv3d(
     geometry = _window_geometry(source.mask, target, kernel_size, steps, conv_padding(kernel_size, steps, padding))
     if padding != "same":
         _check_volume(geometry)
-    dtype, weight, bias = _autocast(source, weight, bias)
+    dtype, weight, bias = in_autocast_dtype(source, weight, bias)
     name = backend or current_backend()
     arguments = (*_arguments(geometry), groups, name)
     if source.may_fuse() and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None:
@@ -131,12 +131,12 @@ def sparse_conv_transpose3d(
         )
     if groups < 1 or len(weight) % groups:
         raise ValueError(f"groups must divide the {len(weight)} input channels, got {groups}")
-    _check_vector("bias", bias, weight.shape[1] * groups)
+    check_vector("bias", bias, weight.shape[1] * groups)
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     fine = x.mask.upsample(kernel_size)
     # It is the gradient of the convolution fine -> coarse with respect to its input.
     geometry = _window_geometry(fine, x.mask, kernel_size, kernel_size, (0, 0, 0))
-    dtype, weight, bias = _autocast(x, weight, bias)
+    dtype, weight, bias = in_autocast_dtype(x, weight, bias)
     blocks = x.blocks.to(dtype)
     y = operators.conv3d_grad_input(blocks, weight, *_arguments(geometry), groups, backend or current_backend())
     result = BlockSparseTensor(y, fine)
@@ -323,7 +323,7 @@ def _normalize(
     backend: str | None,
 ) -> BlockSparseTensor:
     for name, vector in (("weight", weight), ("bias", bias)):
-        _check_vector(name, vector, x.blocks.shape[-1])
+        check_vector(name, vector, x.blocks.shape[-1])
     norm = PendingNorm(
         x.blocks,
         weight,
@@ -340,7 +340,8 @@ def _normalize(
     return BlockSparseTensor.of_norm(norm.waiting(), x.mask, x)
 
 
-def _check_vector(name: str, vector: Tensor | None, channels: int) -> None:
+def check_vector(name: str, vector: Tensor | None, channels: int) -> None:
+    """Raise ValueError, with the name of the argument, unless it is [channels] or None."""
     if vector is not None and vector.shape != (channels,):
         raise ValueError(f"{name} must be a vector of {channels} channels, got shape {tuple(vector.shape)}")
 
@@ -412,8 +413,14 @@ def _arguments(geometry: WindowGeometry) -> tuple[Tensor, Tensor | None, Tensor,
     return g.source_index, g.source_voxels, g.target_index, g.target_voxels, g.table, g.sizes()
 
 
-def _autocast(x: BlockSparseTensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, Tensor, Tensor | None]:
-    """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it."""
+def in_autocast_dtype(
+    x: BlockSparseTensor, weight: Tensor, bias: Tensor | None
+) -> tuple[torch.dtype, Tensor, Tensor | None]:
+    """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it.
+
+    Raises:
+        ValueError: outside autocast, x and weight differ in dtype.
+    """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         return dtype, weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,8 +1,8 @@
 """3D convolution, normalisation and pooling over visible voxels only, as drop-in torch modules."""
 
 from ._version import __version__
-from .background import Background
 from .backends import REGISTRY, computes_natively, explain, load_measurements, tuning, use_backend
+from .background import Background
 from .block_mask import BlockMask
 from .block_sparse import BlockSparseTensor
 from .convert import to_sparse
@@ -16,6 +16,7 @@ from .functional import (
     sparse_pool3d,
 )
 from .fused_upconv import fused_upconv3d, phase_weights
+from .masked_head import masked_head
 from .modules import (
     SparseAvgPool3d,
     SparseBatchNorm3d,
@@ -44,6 +45,7 @@ __all__ = [
     "explain",
     "fused_upconv3d",
     "load_measurements",
+    "masked_head",
     "phase_weights",
     "sparse_batch_norm",
     "sparse_conv3d",

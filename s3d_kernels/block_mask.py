@@ -345,6 +345,12 @@ class BlockMask:
         )
         return BlockMask(BlockTables(near > 0), self.block, self.shape, None)
 
+    def complement(self) -> BlockMask:
+        """Mask of the voxels that are not visible, in blocks of the same shape; its tables are its own."""
+        if self.voxels is None:
+            return BlockMask(BlockTables(~self.tables.grid), self.block, self.shape, None)
+        return BlockMask.from_voxels(~self.to_dense(), self.block)
+
     def to_dense(self) -> Tensor:
         """[N, 1, D, H, W] bool, True at visible voxels."""
         n, gd, gh, gw = self.tables.grid.shape

@@ -65,7 +65,7 @@ def sparse_conv3d(
     geometry = _window_geometry(source.mask, target, kernel_size, steps, conv_padding(kernel_size, steps, padding))
     if padding != "same":
         _check_volume(geometry)
-    dtype, weight, bias = _autocast(source, weight, bias)
+    dtype, weight, bias = in_autocast_dtype(source, weight, bias)
     name = backend or current_backend()
     arguments = (*_arguments(geometry), groups, name)
     may_fuse = target is source.mask and source.may_fuse()
@@ -144,7 +144,7 @@ def sparse_conv_transpose3d(
     fine = x.mask.upsample(kernel_size)
     # It is the gradient of the convolution fine -> coarse with respect to its input.
     geometry = _window_geometry(fine, x.mask, kernel_size, kernel_size, (0, 0, 0))
-    dtype, weight, bias = _autocast(x, weight, bias)
+    dtype, weight, bias = in_autocast_dtype(x, weight, bias)
     blocks = x.blocks.to(dtype)
     y = operators.conv3d_grad_input(blocks, weight, *_arguments(geometry), groups, backend or current_backend())
     result = BlockSparseTensor(y, fine)
@@ -356,6 +356,7 @@ def autocast_dtype(x: Tensor | BlockSparseTensor) -> torch.dtype | None:
 
 
 def check_vector(name: str, vector: Tensor | None, channels: int) -> None:
+    """Raise ValueError, with the name of the argument, unless it is [channels] or None."""
     if vector is not None and vector.shape != (channels,):
         raise ValueError(f"{name} must be a vector of {channels} channels, got shape {tuple(vector.shape)}")
 
@@ -427,8 +428,14 @@ def _arguments(geometry: WindowGeometry) -> tuple[Tensor, Tensor | None, Tensor,
     return g.source_index, g.source_voxels, g.target_index, g.target_voxels, g.table, g.sizes()
 
 
-def _autocast(x: BlockSparseTensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, Tensor, Tensor | None]:
-    """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it."""
+def in_autocast_dtype(
+    x: BlockSparseTensor, weight: Tensor, bias: Tensor | None
+) -> tuple[torch.dtype, Tensor, Tensor | None]:
+    """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it.
+
+    Raises:
+        ValueError: outside autocast, x and weight differ in dtype.
+    """
     dtype = autocast_dtype(x)
     if dtype is not None:
         return dtype, weight.to(dtype), None if bias is None else bias.to(dtype)

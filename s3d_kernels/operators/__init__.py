@@ -6,6 +6,7 @@ happens inside its body: `torch.compile` sees one node, and backward uses the ba
 
 from .blocks import gather_blocks, scatter_blocks
 from .conv import conv3d, conv3d_fused, conv3d_grad_input
+from .masked_head import masked_head
 from .norm import compute_deferred, norm_apply, norm_statistics, normalize, normalize_deferred
 from .pool import pool3d
 from .upconv import upconv3d
@@ -16,6 +17,7 @@ __all__ = [
     "conv3d_fused",
     "conv3d_grad_input",
     "gather_blocks",
+    "masked_head",
     "norm_apply",
     "norm_statistics",
     "normalize",

@@ -142,3 +142,13 @@ def test_upsample_and_to() -> None:
     assert not mask.same_layout(BlockMask.from_voxels(mask.to_dense(), 2))
     aligned = BlockMask.random(1, 2, 4, 0.5)
     assert aligned.downsample(2).upsample(2).same_layout(aligned)
+
+
+def test_complement() -> None:
+    aligned = BlockMask.random(3, (2, 3, 2), (4, 2, 8), (0.0, 1.0), generator())
+    partly = BlockMask.from_voxels(torch.rand(2, 9, 10, 7, generator=generator()) < 0.4, (4, 1, 2))
+    for mask in (aligned, partly, BlockMask.random(2, 2, 4, 0.0), BlockMask.random(2, 2, 4, 1.0)):
+        rest = mask.complement()
+        assert torch.equal(rest.to_dense(), ~mask.to_dense())
+        assert (rest.block, rest.shape) == (mask.block, mask.shape)
+    assert aligned.complement().voxels is None

@@ -10,10 +10,23 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s3d_kernels import BlockMask, BlockSparseTensor, FilledTensor, fused_upconv3d, sparse_conv3d
+from s3d_kernels import (
+    BlockMask,
+    BlockSparseTensor,
+    FilledTensor,
+    SparseInstanceNorm3d,
+    fused_upconv3d,
+    masked_head,
+    sparse_conv3d,
+)
 
 def decode(
-    decoder: UNetDecoder, skips: Sequence[FilledTensor | Tensor], *, kernels: bool, checkpointed: bool = False
+    decoder: UNetDecoder,
+    skips: Sequence[FilledTensor | Tensor],
+    *,
+    kernels: bool,
+    wanted: BlockMask | None = None,
+    checkpointed: bool = False,
 ) -> Tensor:
     """What `decoder` gives for the same skips.
 
@@ -21,6 +34,7 @@ def decode(
         decoder: of a network that was converted with ``to_sparse``.
         skips: features of each stage, from full resolution down.
         kernels: compute the stages of which nothing is known with the kernels of s3d_kernels, not with torch's.
+        wanted: the voxels whose results are wanted, whole blocks; default all. Others may be zeros.
         checkpointed: keep only what goes into a stage, see ``S3D.checkpoint_activations``.
     Returns: [N, C_out, D, H, W].
     """
@@ -29,24 +43,33 @@ def decode(
         deepest = deepest.to_dense()
     mask = whole_mask(deepest)
     x = whole_blocks(deepest, mask)
+    head = decoder.seg_layers[-1]
     for up, stage, skip in zip(decoder.transpconvs, decoder.stages, finer[::-1], strict=True):
         mask = mask.upsample(up.stride)
         if isinstance(skip, FilledTensor):
-            arguments = (up, stage, x, skip, mask)
+            ending = (head, wanted) if stage is decoder.stages[-1] and _ends_in_norm(stage) else (None, None)
+            arguments = (up, stage, x, skip, mask, *ending)
             x = checkpoint(_merge, *arguments, use_reentrant=False) if checkpointed else _merge(*arguments)
         elif kernels:
             x = stage(torch.cat((up(x), whole_blocks(skip, mask)), 1))
         else:
             x = whole_blocks(stage(torch.cat((up(dense_features(x)), skip), 1)), mask)
-    head = decoder.seg_layers[-1]
+    if x.mask is wanted:
+        return x.to_dense()
     reconstruction: Tensor = dense_features(head(x)) if kernels else head(dense_features(x))
     return reconstruction
 
 
 def _merge(
-    up: nn.ConvTranspose3d, stage: nn.Module, x: BlockSparseTensor, skip: FilledTensor, mask: BlockMask
+    up: nn.ConvTranspose3d,
+    stage: nn.Module,
+    x: BlockSparseTensor,
+    skip: FilledTensor,
+    mask: BlockMask,
+    head: nn.Module | None,
+    wanted: BlockMask | None,
 ) -> BlockSparseTensor:
-    """A stage of the decoder: what `stage(cat(up(x), skip))` gives."""
+    """A stage of the decoder: what `stage(cat(up(x), skip))` gives; of that what `head` gives where it is `wanted`."""
     first, *rest = stage.convs
     weight, bias = first.conv.weight, first.conv.bias
     if _fusing_pays(up, weight, math.prod(mask.shape) * mask.batch):
@@ -57,9 +80,20 @@ def _merge(
         upsampled = sparse_conv3d(up(x), of_up, background.centre, 1, first.conv.padding)
         y = skip.conv3d_of(of_skip, background).add_beyond_centre(upsampled.blocks)
     merged = BlockSparseTensor(y, mask)
+    if head is not None and wanted is not None:
+        norm, activation = first.norm, first.nonlin
+        affine = (norm.weight, norm.bias, norm.eps, activation.negative_slope)
+        return masked_head(merged, *affine, head.weight, head.bias, wanted)
     for module in (*first.all_modules[1:], *rest):
         merged = module(merged)
     return merged
+
+
+def _ends_in_norm(stage: nn.Module) -> bool:
+    """Whether a stage is one convolution, instance norm with affine and LeakyReLU, as ``masked_head`` continues it."""
+    _, *behind = stage.convs[0].all_modules
+    kinds = [type(module) for module in behind]
+    return len(stage.convs) == 1 and kinds == [SparseInstanceNorm3d, nn.LeakyReLU] and behind[0].affine
 
 
 def _fusing_pays(up: nn.ConvTranspose3d, weight: Tensor, voxels: int) -> bool:

@@ -194,9 +194,13 @@ class S3D(nn.Module):
         self,
         x: Tensor,  # [N, C, D, H, W], z-scored
         mask: BlockMask,  # of the same batch and volume
+        *,
+        masked_only: bool = False,
     ) -> Tensor:
         """Reconstruct the volume from its visible voxels; nothing of a masked voxel is read.
 
+        Args:
+            masked_only: the reconstruction is wanted at masked voxels; at others it may be zero.
         Returns: [N, C, D, H, W].
         """
         visible = BlockSparseTensor.from_dense(x, mask)
@@ -210,7 +214,8 @@ class S3D(nn.Module):
             skips = [_convolve(layer, skip, kernels) for layer, skip in zip(self.densify, skips, strict=True)]
         if not kernels and not any(isinstance(skip, FilledTensor) for skip in skips):
             return self.unet.decoder(skips)
-        return decode(self.unet.decoder, skips, kernels=kernels, checkpointed=self.checkpointed)
+        wanted = mask.complement() if masked_only and mask.voxels is None else None
+        return decode(self.unet.decoder, skips, kernels=kernels, wanted=wanted, checkpointed=self.checkpointed)
 
     def checkpoint_activations(self) -> None:
         """From now on keep only what goes into each stage of encoder and decoder; backward computes the rest again."""

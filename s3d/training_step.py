@@ -71,7 +71,7 @@ class TrainingStep(OptimizerStep[PretrainConfig, S3D]):
             x, mask = part["image"], mask.to(self.processes.device)
             with autocast(self.config.precision, self.processes.device):
                 with self.phase("forward"):
-                    reconstruction = self.network(x, mask)
+                    reconstruction = self.network(x, mask, masked_only=True)
                 with self.phase("loss"):
                     return masked_mse(reconstruction, x, mask, part.get("valid"), count * x.shape[1])
 

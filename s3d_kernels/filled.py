@@ -64,7 +64,7 @@ class FilledTensor:
         """Add all but the background's centre, which costs nothing as the bias of what makes the volume.
 
         Args:
-            volume: [N, D, H, W, C], contiguous; its memory becomes that of the result, so it is not to be used any more.
+            volume: [N, D, H, W, C], contiguous; its memory becomes that of the result: not to be used any more.
         Returns: the sum, with gradients for both.
         """
         volume = self.background.add_border(volume)

@@ -52,6 +52,7 @@ CPU = NativeLibrary(
     setting=torch.get_num_threads,
     missing="no C++ compiler, or S3D_NATIVE=0, at installation",
     on_load=_say_if_without_threads,
+    upconvolves=True,
 )
 
 CUDA = NativeLibrary(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, BlockGeometry, NormProblem, call
+from .custom_operator import custom_operator
 
 
 def _problem(x: Tensor, geometry: BlockGeometry) -> NormProblem:
@@ -22,7 +23,7 @@ def _table(x: Tensor, geometry: BlockGeometry) -> Tensor:
     return x.new_empty(geometry.batch, x.shape[-1], dtype=dtype)
 
 
-@torch.library.custom_op("s3d_kernels::norm_statistics", mutates_args=())
+@custom_operator("s3d_kernels::norm_statistics")
 def norm_statistics(
     x: Tensor,  # [V, bd, bh, bw, C]
     index: Tensor,
@@ -42,7 +43,7 @@ def _(x, index, voxels, sample_offsets, sizes, backend):
     return _table(x, geometry), _table(x, geometry)
 
 
-@torch.library.custom_op("s3d_kernels::norm_apply", mutates_args=())
+@custom_operator("s3d_kernels::norm_apply")
 def norm_apply(
     x: Tensor,  # [V, bd, bh, bw, C]
     mean: Tensor,  # [N, C]
@@ -67,7 +68,7 @@ def _(x, mean, scale, shift, residual, index, voxels, sample_offsets, sizes, slo
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("s3d_kernels::norm_grad_sums", mutates_args=())
+@custom_operator("s3d_kernels::norm_grad_sums")
 def norm_grad_sums(
     grad: Tensor,  # [V, bd, bh, bw, C]
     x: Tensor,  # [V, bd, bh, bw, C]
@@ -103,7 +104,7 @@ def _(grad, x, y, mean, rstd, scale, shift, index, voxels, sample_offsets, sizes
     return before, torch.empty_like(mean), torch.empty_like(mean)
 
 
-@torch.library.custom_op("s3d_kernels::norm_grad_input", mutates_args=())
+@custom_operator("s3d_kernels::norm_grad_input")
 def norm_grad_input(
     grad: Tensor,  # [V, bd, bh, bw, C]
     x: Tensor,  # [V, bd, bh, bw, C]
@@ -129,7 +130,7 @@ def _(grad, x, mean, rstd, scale, offset, slope, index, voxels, sample_offsets, 
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("s3d_kernels::normalize", mutates_args=())
+@custom_operator("s3d_kernels::normalize")
 def normalize(
     x: Tensor,  # [V, bd, bh, bw, C]
     weight: Optional[Tensor],  # [C]
@@ -168,7 +169,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("s3d_kernels::normalize_deferred", mutates_args=())
+@custom_operator("s3d_kernels::normalize_deferred")
 def normalize_deferred(
     x: Tensor,
     weight: Optional[Tensor],
@@ -202,7 +203,7 @@ def _(
     return x.new_empty(1).expand(x.shape)
 
 
-@torch.library.custom_op("s3d_kernels::compute_deferred", mutates_args=())
+@custom_operator("s3d_kernels::compute_deferred")
 def compute_deferred(
     deferred: Tensor,  # [V, bd, bh, bw, C]
     x: Tensor,  # [V, bd, bh, bw, C]

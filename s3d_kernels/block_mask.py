@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -66,12 +65,9 @@ def neighbour_table(
     """
     rz, ry, rx = radius
     padded = torch.nn.functional.pad(rows, (rx, rx, ry, ry, rz, rz), value=-1)
+    windows = padded.unfold(1, 2 * rz + 1, 1).unfold(2, 2 * ry + 1, 1).unfold(3, 2 * rx + 1, 1)
     n, z, y, x = index.long().unbind(1)
-    columns = [
-        padded[n, z + dz, y + dy, x + dx]
-        for dz, dy, dx in itertools.product(range(2 * rz + 1), range(2 * ry + 1), range(2 * rx + 1))
-    ]
-    return torch.stack(columns, dim=1)
+    return windows[n, z, y, x].flatten(1).contiguous()
 
 
 class BlockMask:

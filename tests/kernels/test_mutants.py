@@ -26,7 +26,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "unbiased variance": ("backends/torch_gather.py", "correction=0", "correction=1"),
     "squares without the spread of the means": ("backends/torch_gather.py", "squares + count * deviation.square()", "squares"),
     "fill gradient over all voxels": ("operators/blocks.py", "torch.where(visible > 0, 0, grad)", "grad"),
-    "neighbour columns in another order": ("block_mask.py", "padded[n, z + dz, y + dy, x + dx]", "padded[n, z + dx, y + dy, x + dz]"),
+    "neighbour columns in another order": ("block_mask.py", "windows[n, z, y, x]", "windows[n, z, y, x].transpose(1, 3)"),
     "maximum sees padding": ("backends/torch_gather.py", "-math.inf) if any(geometry.padding) else windows", "0) if any(geometry.padding) else windows"),
     "norm gradient without its mean term": ("operators/norm.py", "offset.contiguous(), tilt", "0 * offset.contiguous(), tilt"),
     "sign of the activation from the wrong side": ("operators/norm.py", "y = output if residual", "y = residual if residual"),

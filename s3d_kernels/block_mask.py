@@ -91,7 +91,7 @@ class BlockMask:
         self.voxels = voxels
         self._merged: dict[Triple, tuple[BlockMask, Tensor]] = {}
         self._downsampled: dict[Triple, BlockMask] = {}
-        self._counts: dict[torch.dtype, Tensor] = {}
+        self._counts: dict[tuple[torch.dtype, int], Tensor] = {}
 
     # ---- constructors
 
@@ -222,13 +222,17 @@ class BlockMask:
         per_block = self.voxels.flatten(1).sum(1)
         return per_block.new_zeros(self.batch).index_add_(0, self.index[:, 0], per_block)
 
-    def voxel_counts(self, dtype: torch.dtype) -> Tensor:
-        """[N, 1], not to be modified: visible voxels of each sample, as every norm under this mask wants them."""
+    def voxel_counts(self, dtype: torch.dtype, least: int = 0) -> Tensor:
+        """[N, 1], not to be modified: visible voxels of each sample, as every norm under this mask wants them.
+
+        Args: least: put in place of less, 1 for a divisor.
+        """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # where a tensor is of no use to others
-            return self.visible_voxels()[:, None].to(dtype)
-        if dtype not in self._counts:
-            self._counts[dtype] = self.visible_voxels()[:, None].to(dtype)
-        return self._counts[dtype]
+            return self.visible_voxels()[:, None].clamp(min=least).to(dtype)
+        if (dtype, least) not in self._counts:
+            counts = self.voxel_counts(dtype).clamp(min=least) if least else self.visible_voxels()[:, None].to(dtype)
+            self._counts[dtype, least] = counts
+        return self._counts[dtype, least]
 
     def same_layout(self, other: BlockMask) -> bool:
         """Whether two masks are one: same stored blocks, resolution and visible voxels (same objects)."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_OTHERS = frozenset({int, float, bool, str, list, type(None)})  # among the arguments of our operators
 
 
 class CustomOperator:
@@ -59,10 +60,14 @@ class CustomOperator:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _somebody_looks_on():
             return self.definition(*args)
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if tensors[0].is_meta or any(type(t) not in _PLAIN for t in tensors):
-            return self.definition(*args)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        requires_grad = False
+        for argument in args:
+            kind = type(argument)
+            if kind in _TENSORS and not argument.is_meta:
+                requires_grad = requires_grad or argument.requires_grad
+            elif kind not in _OTHERS:
+                return self.definition(*args)
+        if requires_grad and torch.is_grad_enabled():
             # An operator without derivative says so in backward.
             return self.definition(*args) if self._function is None else self._function.apply(*args)
         with torch._C._profiler._RecordFunctionFast(self.name):

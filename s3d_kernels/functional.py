@@ -229,8 +229,13 @@ def sparse_group_norm(
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     mean, squares, count = channel_statistics(x, backend)
-    mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "sample", num_groups, False)
-    return _normalize(x, weight, bias, mean, variance, eps, count, "sample", num_groups, False, backend)
+    if num_groups == channels:
+        count = x.mask.voxel_counts(mean.dtype, least=1)
+        rstd = (squares / count).add_(eps).rsqrt_()
+    else:
+        mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "sample", num_groups, False)
+        count, rstd = count.clamp(min=1), (variance + eps).rsqrt()
+    return _normalize(x, weight, bias, mean, rstd, count, "sample", num_groups, False, backend)
 
 
 def sparse_batch_norm(
@@ -265,8 +270,8 @@ def sparse_batch_norm(
         dtype = _statistics_dtype(x)
         # A copy: the running statistics may change before the result is asked for.
         mean = running_mean.to(dtype).repeat(x.mask.batch, 1)
-        variance = running_var.to(dtype).expand(x.mask.batch, channels)
-        return _normalize(x, weight, bias, mean, variance, eps, torch.ones_like(mean), "nothing", 1, False, backend)
+        rstd = (running_var.to(dtype) + eps).rsqrt().repeat(x.mask.batch, 1)
+        return _normalize(x, weight, bias, mean, rstd, torch.ones_like(mean), "nothing", 1, False, backend)
     mean, squares, count = channel_statistics(x, backend)
     mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "batch", channels, synchronise)
     if running_mean is not None and running_var is not None:
@@ -276,10 +281,8 @@ def sparse_batch_norm(
             share = torch.where(count > 0, momentum, 0.0)
             running_mean += (share * (mean - running_mean))[0].to(running_mean.dtype)
             running_var += (share * (unbiased - running_var))[0].to(running_var.dtype)
-    rows = (x.mask.batch, channels)
-    return _normalize(
-        x, weight, bias, mean.expand(rows), variance.expand(rows), eps, count, "batch", channels, synchronise, backend
-    )
+    mean, rstd = (table.expand(x.mask.batch, channels).contiguous() for table in (mean, (variance + eps).rsqrt()))
+    return _normalize(x, weight, bias, mean, rstd, count.clamp(min=1), "batch", channels, synchronise, backend)
 
 
 def channel_statistics(x: BlockSparseTensor, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,8 +312,6 @@ def _merge_statistics(
 
     Chan et al. (1979): the squared deviations of the parts plus those of their means.
     """
-    if over == "sample" and groups == mean.shape[1]:
-        return mean, squares / count.clamp(min=1), count
     total = operators.norm.sum_shared(count, over, groups, synchronise)
     shared = operators.norm.sum_shared(count / total.clamp(min=1) * mean, over, groups, synchronise)
     squares = squares + count * (mean - shared).square()
@@ -322,9 +323,8 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,  # [N, C]
-    variance: Tensor,  # [N, C]
-    eps: float,
-    count: Tensor,  # [N, C] or [1, C]
+    rstd: Tensor,  # [N, C]
+    count: Tensor,  # at least 1, [N, C], [N, 1] or [1, C]
     over: Literal["sample", "batch", "nothing"],
     groups: int,
     synchronise: bool,
@@ -336,8 +336,8 @@ def _normalize(
         x.blocks,
         weight,
         bias,
-        mean.contiguous(),
-        (variance + eps).rsqrt().contiguous(),
+        mean,
+        rstd,
         count,
         block_geometry(x.mask),
         (over, groups, synchronise, backend or current_backend()),

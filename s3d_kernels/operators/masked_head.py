@@ -86,7 +86,7 @@ def masked_head(
     """
     x = x.contiguous()
     wanted = _wanted(index, sample_offsets, block, x)
-    scale, shift = affine_tables(norm_weight, norm_bias, mean, rstd)
+    scale, shift = affine_tables(norm_weight, norm_bias, rstd)
     y = weight.new_empty(len(wanted.index), *wanted.block, len(weight))
     for rows, piece in _pieces(wanted, x):
         raw = _gather(x, piece, backend)
@@ -125,7 +125,7 @@ def masked_head_grad(
     """Gradients of x [N, D, H, W, C], norm_weight [C], norm_bias [C], weight [O, C] and bias [O]."""
     x = x.contiguous()
     wanted = _wanted(index, sample_offsets, block, x)
-    scale, shift = affine_tables(norm_weight, norm_bias, mean, rstd)
+    scale, shift = affine_tables(norm_weight, norm_bias, rstd)
     depth, height, width = wanted.shape
     _, bh, bw = wanted.block
     grad = grad.reshape(len(wanted.index), bh * bw, len(weight))

@@ -157,7 +157,7 @@ def normalize(
     scale and shift [N, C] of the centred features.
     """
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    scale, shift = _affine_tables(weight, bias, rstd)
+    scale, shift = affine_tables(weight, bias, rstd)
     tables = (mean, scale, shift)
     y = call(backend, _problem(x, geometry), Backend.norm_apply, x, *tables, residual, slope, geometry)
     return y, scale, shift
@@ -194,7 +194,7 @@ def normalize_deferred(
 
     Returns: [V, bd, bh, bw, C], one element in memory that means nothing; and scale and shift.
     """
-    return x.new_empty(1).expand(x.shape), *_affine_tables(weight, bias, rstd)
+    return x.new_empty(1).expand(x.shape), *affine_tables(weight, bias, rstd)
 
 
 @normalize_deferred.register_fake
@@ -230,7 +230,7 @@ def _(deferred, x, mean, scale, shift, index, voxels, sample_offsets, sizes, slo
     return x.new_empty(x.shape)
 
 
-def _affine_tables(weight: Optional[Tensor], bias: Optional[Tensor], rstd: Tensor) -> tuple[Tensor, Tensor]:
+def affine_tables(weight: Optional[Tensor], bias: Optional[Tensor], rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift [N, C] of the centred features, in memory of their own."""
     scale = rstd.clone() if weight is None else (rstd * weight).to(rstd.dtype)
     shift = torch.zeros_like(rstd) if bias is None else torch.empty_like(rstd).copy_(bias)

@@ -213,11 +213,15 @@ class BlockMask:
     def device(self) -> torch.device:
         return self.tables.grid.device
 
-    def neighbours(self, radius: Triple = (1, 1, 1)) -> Tensor:
-        """[V, T] int32 row of each neighbour within ``radius`` blocks, see :func:`neighbour_table`."""
-        if radius == (1, 1, 1):
+    def neighbours(self, radius: Triple = (1, 1, 1), of: BlockMask | None = None) -> Tensor:
+        """[V', T] int32 row of each neighbour within ``radius`` blocks of the blocks of a mask on the same grid.
+
+        See :func:`neighbour_table`; default is this mask itself.
+        """
+        index = self.tables.index if of is None else of.tables.index
+        if radius == (1, 1, 1) and index is self.tables.index:
             return self.tables.neighbours
-        return neighbour_table(self.tables.index, self.tables.rows, radius)
+        return neighbour_table(index, self.tables.rows, radius)
 
     def visible_voxels(self) -> Tensor:
         """[N] int64: visible voxels of each sample."""
@@ -308,6 +312,38 @@ class BlockMask:
         merged = BlockMask(tables, block, self.shape, None if bool(voxels.all()) else voxels)
         self._merged[factors] = (merged, parts)
         return merged, parts
+
+    def split(self, block: int | Sequence[int]) -> BlockMask:
+        """Mask of the same voxels in smaller blocks, with tables of its own.
+
+        Raises:
+            ValueError: ``block`` does not divide the present block along every axis.
+        """
+        sides = triple(block, "block")
+        if any(b % s for b, s in zip(self.block, sides, strict=True)):
+            raise ValueError(f"block must divide the present block {self.block}, got {block!r}")
+        if sides == self.block:
+            return self
+        if self.voxels is not None:
+            return BlockMask.from_voxels(self.to_dense(), sides)
+        grid = self.tables.grid
+        for axis, (b, s) in enumerate(zip(self.block, sides, strict=True), start=1):
+            grid = grid.repeat_interleave(b // s, dim=axis)
+        return BlockMask(BlockTables(grid), sides, self.shape, None)
+
+    def grow(self, blocks: int | Sequence[int]) -> BlockMask:
+        """Mask of all stored blocks, as a whole, and of those at most ``blocks`` away from one along each axis.
+
+        Raises:
+            ValueError: blocks at the far faces reach beyond the volume, so that no mask without voxels can hold them.
+        """
+        steps = triple(blocks, "blocks", minimum=0)
+        if any(e % b for e, b in zip(self.shape, self.block, strict=True)):
+            raise ValueError(f"the volume {self.shape} must be made of whole blocks {self.block} to let a mask grow")
+        near = torch.nn.functional.max_pool3d(
+            self.tables.grid.float(), [2 * n + 1 for n in steps], stride=1, padding=list(steps)
+        )
+        return BlockMask(BlockTables(near > 0), self.block, self.shape, None)
 
     def to_dense(self) -> Tensor:
         """[N, 1, D, H, W] bool, True at visible voxels."""

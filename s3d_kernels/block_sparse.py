@@ -270,6 +270,17 @@ class BlockSparseTensor:
         bricks = bricks.view(*parts.shape, *self.mask.block, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
         return BlockSparseTensor(bricks.reshape(merged.num_blocks, *merged.block, channels), merged)
 
+    def split(self, block: int | Sequence[int]) -> BlockSparseTensor:
+        """The same features in smaller blocks, see ``BlockMask.split``."""
+        fine = self.mask.split(block)
+        if fine is self.mask:
+            return self
+        factors = [b // s for b, s in zip(self.mask.block, fine.block, strict=True)]
+        sample, *cell = fine.index.long().unbind(1)
+        coarse, inside = zip(*(((at // f), at % f) for at, f in zip(cell, factors, strict=True)), strict=True)
+        rows = self.mask.tables.rows[(sample, *coarse)].long()
+        return BlockSparseTensor(_Split.apply(self.blocks, fine.block, rows, *inside), fine)
+
     def __repr__(self) -> str:
         return f"BlockSparseTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {self.mask})"
 
@@ -386,6 +397,31 @@ _METHODS: dict[str, Callable[..., Any]] = {
     for name in _FUNCTION_NAMES
     if hasattr(torch, name) and hasattr(Tensor, name) and not name.endswith("_like")
 }
+
+
+class _Split(torch.autograd.Function):
+    """Parts of blocks [V, bd, bh, bw, C] as rows of their own [V', sd, sh, sw, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, part: tuple[int, int, int], *places: Tensor) -> Tensor:
+        ctx.shape, ctx.part = blocks.shape, part
+        ctx.save_for_backward(*places)
+        return parts_of(blocks, part)[places]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # Parts without a visible voxel have no row.
+        grad_blocks = grad.new_zeros(ctx.shape)
+        parts_of(grad_blocks, ctx.part)[ctx.saved_tensors] = grad
+        return grad_blocks, *(None,) * (1 + len(ctx.saved_tensors))
+
+
+def parts_of(volumes: Tensor, part: tuple[int, int, int]) -> Tensor:
+    """A view of volumes [N, D, H, W, C] as [N, Gd, Gh, Gw, *part, C]."""
+    n, d, h, w, channels = volumes.shape
+    pd, ph, pw = part
+    cut = volumes.view(n, d // pd, pd, h // ph, ph, w // pw, pw, channels)
+    return cut.permute(0, 1, 3, 5, 2, 4, 6, 7)
 
 
 def _block_arguments(mask: BlockMask) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:

@@ -27,6 +27,7 @@ def sparse_conv3d(
     padding: int | str | Sequence[int] = 0,
     groups: int = 1,
     backend: str | None = None,
+    target: BlockMask | None = None,
 ) -> BlockSparseTensor:
     """3D convolution over visible voxels: masked voxels count as zeros, output exists at visible voxels only.
 
@@ -38,9 +39,11 @@ def sparse_conv3d(
         padding: per axis, such that the output is the input divided by the stride: k - s <= 2 p < k; or "same".
         groups: blocks of channels that do not see each other.
         backend: name of a backend; default is the current one, see ``use_backend``.
-    Returns: features under ``x.mask.downsample(stride)``, [N, C_out, D / sd, H / sh, W / sw].
+        target: where else output is wanted: a mask on the same grid of blocks, such as ``x.mask.grow(1)``; default is
+            ``x.mask.downsample(stride)``.
+    Returns: features under ``target``, [N, C_out, D / sd, H / sh, W / sw].
     Raises:
-        ValueError: channels, padding or volume do not fit; an unknown backend or one that cannot do this.
+        ValueError: channels, padding, volume or target do not fit; an unknown backend or one that cannot do this.
     Source: sparse convolution of Tian et al., SparK (ICLR 2023), section 3.2; 3D: Wald et al. (CVPR 2025), section 3.
     """
     if weight.dim() != 5 or x.shape[1] != weight.shape[1] * groups:
@@ -54,14 +57,22 @@ def sparse_conv3d(
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     steps = triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
-    target = x.mask.downsample(steps)
+    visible = x.mask.downsample(steps)
+    if target is None:
+        target = visible
+    elif (target.block, target.tables.grid.shape) != (visible.block, visible.tables.grid.shape):
+        raise ValueError(f"target must lie on the grid of blocks of {visible}, got {target}")
     geometry = _window_geometry(source.mask, target, kernel_size, steps, conv_padding(kernel_size, steps, padding))
     if padding != "same":
         _check_volume(geometry)
     dtype, weight, bias = _autocast(source, weight, bias)
     name = backend or current_backend()
     arguments = (*_arguments(geometry), groups, name)
-    if source.may_fuse() and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None:
+    if (
+        target is source.mask
+        and source.may_fuse()
+        and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None
+    ):
         return _conv3d_fused(source, weight, bias, arguments, dtype)
     blocks = source.blocks.to(dtype)
     y = BlockSparseTensor(operators.conv3d(blocks, weight, bias, *arguments), target)
@@ -391,7 +402,7 @@ def _window_geometry(
         source_voxels=source.voxels,
         target_index=target.index,
         target_voxels=target.voxels,
-        table=source.neighbours(radius),
+        table=source.neighbours(radius, target),
         radius=radius,
         batch=source.batch,
         shape=source.shape,

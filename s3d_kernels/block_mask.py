@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .backends.interface import WindowGeometry
 
 Triple = tuple[int, int, int]
 
@@ -18,6 +21,10 @@ def triple(value: int | Sequence[int], name: str, minimum: int = 1) -> Triple:
     Raises:
         ValueError: not an integer or three integers of at least ``minimum``; names the argument.
     """
+    if type(value) is tuple and len(value) == 3:  # what layers have, and call for each of their inputs
+        first, second, third = value
+        if type(first) is type(second) is type(third) is int and min(value) >= minimum:
+            return first, second, third
     try:
         # operator.index takes every integer type, numpy's too, and nothing else.
         values = (
@@ -92,6 +99,7 @@ class BlockMask:
         self._merged: dict[Triple, tuple[BlockMask, Tensor]] = {}
         self._downsampled: dict[Triple, BlockMask] = {}
         self._counts: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.windows: dict[Any, WindowGeometry] = {}  # of functional, which knows when one of them fits
 
     # ---- constructors
 

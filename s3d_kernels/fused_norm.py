@@ -14,7 +14,7 @@ from .operators.norm import SAVED_X, SAVED_Y
 from .recompute import MAX_STEPS, Kept, NormRecipe, Recipe, compute_instead
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PendingNorm:
     """A normalisation whose statistics are known and whose result is not computed yet.
 
@@ -31,7 +31,7 @@ class PendingNorm:
         residual: features [V, bd, bh, bw, C] that are added to the result, or None.
         residual_recipe: how to compute residual again, or None.
         grad_mode: whether gradients were recorded when the norm was called.
-        versions: of x, weight, bias and residual at their calls.
+        versions: of x, weight, bias and residual when it began to wait; () if it does not wait.
     """
 
     x: Tensor
@@ -54,8 +54,9 @@ class PendingNorm:
         return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled() and not x.is_inference()
 
     def waiting(self) -> PendingNorm:
-        """The same, knowing the present versions of its operands."""
-        return replace(self, versions=self._versions())
+        """Itself, from now on knowing the present versions of its operands."""
+        self.versions = self._versions()
+        return self
 
     def plus(self, residual: Tensor, recipe: Recipe | None) -> PendingNorm | None:
         """The same with features to add, or None if an addition afterwards would give something else."""

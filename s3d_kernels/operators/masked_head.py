@@ -13,8 +13,8 @@ from torch import Tensor
 from ..backends import Backend, BlockGeometry, BlocksProblem, NormProblem, call
 from .norm import affine_tables
 
-# Features of one piece. On a CPU four such tensors stay in its outermost cache; smaller pieces are a little faster on an
-# idle machine, but on a busy one threads wait for the scheduler several times in each. Not a matter of the number of
+# Features of one piece. On a CPU four such tensors stay in its outermost cache; smaller pieces are a little faster on
+# an idle machine, but on a busy one threads wait for the scheduler several times in each. Not a matter of the number of
 # threads, which must not change the order of sums. On a GPU starting kernels takes no time beside so many.
 PIECE_BYTES = {"cpu": 2**22}
 PIECE_BYTES_ELSEWHERE = 2**26

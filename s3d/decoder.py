@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +21,7 @@ from s3d_kernels import (
     masked_head,
     sparse_conv3d,
 )
+
 
 def decode(
     decoder: UNetDecoder,
@@ -51,7 +54,8 @@ def decode(
             arguments = (up, stage, x, skip, mask, *ending)
             x = checkpoint(_merge, *arguments, use_reentrant=False) if checkpointed else _merge(*arguments)
         elif kernels:
-            x = stage(torch.cat((up(x), whole_blocks(skip, mask)), 1))
+            both: Any = (up(x), whole_blocks(skip, mask))  # torch.cat is declared for tensors
+            x = stage(torch.cat(both, 1))
         else:
             x = whole_blocks(stage(torch.cat((up(dense_features(x)), skip), 1)), mask)
     if x.mask is wanted:
@@ -62,11 +66,11 @@ def decode(
 
 def _merge(
     up: nn.ConvTranspose3d,
-    stage: nn.Module,
+    stage: StackedConvBlocks,
     x: BlockSparseTensor,
     skip: FilledTensor,
     mask: BlockMask,
-    head: nn.Module | None,
+    head: nn.Conv3d | None,
     wanted: BlockMask | None,
 ) -> BlockSparseTensor:
     """A stage of the decoder: what `stage(cat(up(x), skip))` gives; of that what `head` gives where it is `wanted`."""
@@ -80,16 +84,15 @@ def _merge(
         upsampled = sparse_conv3d(up(x), of_up, background.centre, 1, first.conv.padding)
         y = skip.conv3d_of(of_skip, background).add_beyond_centre(upsampled.blocks)
     merged = BlockSparseTensor(y, mask)
-    if head is not None and wanted is not None:
-        norm, activation = first.norm, first.nonlin
-        affine = (norm.weight, norm.bias, norm.eps, activation.negative_slope)
-        return masked_head(merged, *affine, head.weight, head.bias, wanted)
+    if head is not None and head.bias is not None and wanted is not None:
+        norm, slope = first.norm, first.nonlin.negative_slope
+        return masked_head(merged, norm.weight, norm.bias, norm.eps, slope, head.weight, head.bias, wanted)
     for module in (*first.all_modules[1:], *rest):
         merged = module(merged)
     return merged
 
 
-def _ends_in_norm(stage: nn.Module) -> bool:
+def _ends_in_norm(stage: StackedConvBlocks) -> bool:
     """Whether a stage is one convolution, instance norm with affine and LeakyReLU, as ``masked_head`` continues it."""
     _, *behind = stage.convs[0].all_modules
     kinds = [type(module) for module in behind]

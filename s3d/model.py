@@ -20,6 +20,7 @@ from s3d_kernels import (
     BlockMask,
     BlockSparseTensor,
     FilledTensor,
+    SparseConv3d,
     computes_natively,
     sparse_instance_norm,
     to_sparse,
@@ -210,12 +211,8 @@ class S3D(nn.Module):
         features = self.unet.encoder(visible)
         kernels = _kernels_are_faster(x)
         skips = [self._fill(stage, skip) for stage, skip in enumerate(features)]
-        if self.densify is not None:
-            skips = [_convolve(layer, skip, kernels) for layer, skip in zip(self.densify, skips, strict=True)]
-        if not kernels and not any(isinstance(skip, FilledTensor) for skip in skips):
-            return self.unet.decoder(skips)
-        wanted = mask.complement() if masked_only and mask.voxels is None else None
-        return decode(self.unet.decoder, skips, kernels=kernels, wanted=wanted, checkpointed=self.checkpointed)
+        skips = [self._densify(stage, skip, kernels) for stage, skip in enumerate(skips)]
+        return self._decode(skips, kernels, mask.complement() if masked_only and mask.voxels is None else None)
 
     def checkpoint_activations(self) -> None:
         """From now on keep only what goes into each stage of encoder and decoder; backward computes the rest again."""
@@ -236,15 +233,22 @@ class S3D(nn.Module):
             return FilledTensor(correction.split(TILE), Background.constant(vector, skip.mask.shape))
         return skip.to_dense() if token is None else sparse_instance_norm(skip).to_dense(fill=token)
 
+    def _densify(self, stage: int, skip: FilledTensor | Tensor, kernels: bool) -> FilledTensor | Tensor:
+        """Filled features of a stage after its convolution; `kernels`: of dense ones by our kernels, not torch's."""
+        layer = nn.Identity() if self.densify is None else self.densify[stage]
+        if not isinstance(layer, SparseConv3d):
+            return skip
+        if isinstance(skip, FilledTensor):
+            return skip.conv3d(layer.weight, layer.bias)
+        y: Tensor = dense_features(layer(whole_blocks(skip, whole_mask(skip)))) if kernels else layer(skip)
+        return y
 
-def _convolve(layer: nn.Module, x: FilledTensor | Tensor, kernels: bool) -> FilledTensor | Tensor:
-    """A densification; `kernels`: of dense features by our kernels, not torch's."""
-    if isinstance(layer, nn.Identity):
-        return x
-    if isinstance(x, FilledTensor):
-        return x.conv3d(layer.weight, layer.bias)
-    y: Tensor = dense_features(layer(whole_blocks(x, whole_mask(x)))) if kernels else layer(x)
-    return y
+    def _decode(self, skips: list[FilledTensor | Tensor], kernels: bool, wanted: BlockMask | None) -> Tensor:
+        """The reconstruction [N, C, D, H, W]; where it is not `wanted` (default: everywhere) it may be zero."""
+        if not kernels and not any(isinstance(skip, FilledTensor) for skip in skips):
+            reconstruction: Tensor = self.unet.decoder(skips)
+            return reconstruction
+        return decode(self.unet.decoder, skips, kernels=kernels, wanted=wanted, checkpointed=self.checkpointed)
 
 
 def _kernels_are_faster(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block_mask import Triple
 
-Region = tuple[slice, ...]  # of [D, H, W]
+Region = tuple[slice, ...]  # of [N, D, H, W] or [C, a, b, c]; axes that are left out are taken as a whole
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Background:
         if not regions:
             return volume
         rest = self.values - self.centre.view(-1, 1, 1, 1)
-        parts = [_expand_along(rest[(slice(None), *stored)], sizes) for _, stored, sizes in regions]
+        parts = [_expand_along(rest[stored], sizes) for _, stored, sizes in regions]
         places = [place for place, _, _ in regions]
         result: Tensor = _AddRegions.apply(volume, places, *(p.permute(1, 2, 3, 0).to(volume.dtype) for p in parts))
         return result
@@ -100,8 +100,8 @@ class Background:
                 ends = [(slice(0, r), slice(0, r)), (slice(size - r, size), slice(r + 1, stored))] if r else []
             for place, row in ends:
                 sizes = [1] * axis + [place.stop - place.start] + list(self.shape[axis + 1 :])
-                places = (*inner[:axis], place, *(slice(None),) * (2 - axis))
-                rows = (*middle[:axis], row, *(slice(None),) * (2 - axis))
+                places = (slice(None), *inner[:axis], place)
+                rows = (slice(None), *middle[:axis], row)
                 found.append((places, rows, sizes))
             if stored == size and size > 1:
                 break  # all positions of this axis have been taken, and with them the whole volume
@@ -130,13 +130,13 @@ class _AddRegions(torch.autograd.Function):
         ctx.places, ctx.shapes = places, [part.shape for part in parts]
         total = volume.detach()  # with the same count of modifications, so that who kept the volume notices
         for place, part in zip(places, parts, strict=True):
-            total[(slice(None), *place)] += part
+            total[place] += part
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         of_parts = [
-            grad[(slice(None), *place)].sum_to_size(1, *shape)[0]
+            grad[place].sum_to_size(1, *shape)[0]
             for place, shape in zip(ctx.places, ctx.shapes, strict=True)
         ]
         return grad, None, *of_parts

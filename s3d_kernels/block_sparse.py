@@ -278,7 +278,8 @@ class BlockSparseTensor:
         factors = [b // s for b, s in zip(self.mask.block, fine.block, strict=True)]
         sample, *cell = fine.index.long().unbind(1)
         coarse, inside = zip(*(((at // f), at % f) for at, f in zip(cell, factors, strict=True)), strict=True)
-        rows = self.mask.tables.rows[(sample, *coarse)].long()
+        place = (sample, *coarse)
+        rows = self.mask.tables.rows[place].long()
         return BlockSparseTensor(_Split.apply(self.blocks, fine.block, rows, *inside), fine)
 
     def __repr__(self) -> str:

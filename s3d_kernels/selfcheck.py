@@ -70,7 +70,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "upconv3d",
-        lambda x, w: fused_upconv3d(x.to_dense(), *w),
+        lambda x, w: fused_upconv3d(x.to_dense(), w[0], w[1], w[2], w[3]),
         ((CHANNELS, 4, 2, 2, 2), (4,), (8, 4, 3, 3, 3), (8,)),
     ),
     Case("instance norm", lambda x, w: functional.sparse_instance_norm(x, w[0], w[1]), ((CHANNELS,), (CHANNELS,))),

@@ -1,7 +1,7 @@
 """Prints what one 3x3x3 convolution of each encoder stage should take on an H100: the table in docs/performance.md.
 
-Nothing here is measured on a GPU by this project. The work is counted (pairs of the mask; shares and bytes from
-`test_cuda --count`, see docs/performance.md), the rates were measured elsewhere:
+Nothing here is measured; what an H100 took is there too, and is several times as much. The work is counted (pairs of
+the mask; shares and bytes from `test_cuda --count`, see docs/performance.md), the rates were measured elsewhere:
 
 - tensor cores by mma.sync, 62.9 % of the peak of 989 TFLOP/s in bfloat16, and HBM: Luo et al., "Dissecting the NVIDIA
   Hopper architecture through microbenchmarking" (arXiv:2501.12084)

@@ -124,7 +124,7 @@ def _named(method: Callable[..., Any], name: Callable[..., str]) -> Callable[...
     return call
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _NamedNorm(PendingNorm):
     """A normalisation that waits, and the name of its layer."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .backends.interface import WindowGeometry
 
 Triple = tuple[int, int, int]
 
@@ -19,6 +21,10 @@ def triple(value: int | Sequence[int], name: str, minimum: int = 1) -> Triple:
     Raises:
         ValueError: not an integer or three integers of at least ``minimum``; names the argument.
     """
+    if type(value) is tuple and len(value) == 3:  # what layers have, and call for each of their inputs
+        first, second, third = value
+        if type(first) is type(second) is type(third) is int and min(value) >= minimum:
+            return first, second, third
     try:
         # operator.index takes every integer type, numpy's too, and nothing else.
         values = (
@@ -66,12 +72,9 @@ def neighbour_table(
     """
     rz, ry, rx = radius
     padded = torch.nn.functional.pad(rows, (rx, rx, ry, ry, rz, rz), value=-1)
+    windows = padded.unfold(1, 2 * rz + 1, 1).unfold(2, 2 * ry + 1, 1).unfold(3, 2 * rx + 1, 1)
     n, z, y, x = index.long().unbind(1)
-    columns = [
-        padded[n, z + dz, y + dy, x + dx]
-        for dz, dy, dx in itertools.product(range(2 * rz + 1), range(2 * ry + 1), range(2 * rx + 1))
-    ]
-    return torch.stack(columns, dim=1)
+    return windows[n, z, y, x].flatten(1).contiguous()
 
 
 class BlockMask:
@@ -95,7 +98,8 @@ class BlockMask:
         self.voxels = voxels
         self._merged: dict[Triple, tuple[BlockMask, Tensor]] = {}
         self._downsampled: dict[Triple, BlockMask] = {}
-        self._counts: dict[torch.dtype, Tensor] = {}
+        self._counts: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.windows: dict[Any, WindowGeometry] = {}  # of functional, which knows when one of them fits
 
     # ---- constructors
 
@@ -230,13 +234,17 @@ class BlockMask:
         per_block = self.voxels.flatten(1).sum(1)
         return per_block.new_zeros(self.batch).index_add_(0, self.index[:, 0], per_block)
 
-    def voxel_counts(self, dtype: torch.dtype) -> Tensor:
-        """[N, 1], not to be modified: visible voxels of each sample, as every norm under this mask wants them."""
+    def voxel_counts(self, dtype: torch.dtype, least: int = 0) -> Tensor:
+        """[N, 1], not to be modified: visible voxels of each sample, as every norm under this mask wants them.
+
+        Args: least: put in place of less, 1 for a divisor.
+        """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # where a tensor is of no use to others
-            return self.visible_voxels()[:, None].to(dtype)
-        if dtype not in self._counts:
-            self._counts[dtype] = self.visible_voxels()[:, None].to(dtype)
-        return self._counts[dtype]
+            return self.visible_voxels()[:, None].clamp(min=least).to(dtype)
+        if (dtype, least) not in self._counts:
+            counts = self.voxel_counts(dtype).clamp(min=least) if least else self.visible_voxels()[:, None].to(dtype)
+            self._counts[dtype, least] = counts
+        return self._counts[dtype, least]
 
     def same_layout(self, other: BlockMask) -> bool:
         """Whether two masks are one: same stored blocks, resolution and visible voxels (same objects)."""

@@ -51,9 +51,10 @@ def sparse_conv3d(
             f"weight must be [C_out, C_in / groups, kd, kh, kw] for C_in={x.shape[1]} and groups={groups}, "
             f"got {tuple(weight.shape)}"
         )
-    if groups < 1 or len(weight) % groups:
-        raise ValueError(f"groups must divide the {len(weight)} output channels, got {groups}")
-    check_vector("bias", bias, len(weight))
+    out_channels = weight.shape[0]
+    if groups < 1 or out_channels % groups:
+        raise ValueError(f"groups must divide the {out_channels} output channels, got {groups}")
+    check_vector("bias", bias, out_channels)
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     steps = triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
@@ -62,9 +63,8 @@ def sparse_conv3d(
         target = visible
     elif (target.block, target.tables.grid.shape) != (visible.block, visible.tables.grid.shape):
         raise ValueError(f"target must lie on the grid of blocks of {visible}, got {target}")
-    geometry = _window_geometry(source.mask, target, kernel_size, steps, conv_padding(kernel_size, steps, padding))
-    if padding != "same":
-        _check_volume(geometry)
+    sizes = conv_padding(kernel_size, steps, padding)
+    geometry = _window_geometry(source.mask, target, kernel_size, steps, sizes, whole=padding != "same")
     dtype, weight, bias = in_autocast_dtype(source, weight, bias)
     name = backend or current_backend()
     arguments = (*_arguments(geometry), groups, name)
@@ -78,7 +78,8 @@ def sparse_conv3d(
     recipe = (source.recipe if blocks is source.blocks else None) or Kept(blocks)
     if not isinstance(recipe, Kept):
         compute_instead(y.blocks, SAVED_X, recipe.features)
-    return y.with_recipe(ConvRecipe.of(recipe, weight, bias, arguments))
+    y.remember(ConvRecipe.of(recipe, weight, bias, arguments))
+    return y
 
 
 def _conv3d_fused(
@@ -109,8 +110,9 @@ def _conv3d_fused(
     if blocks.grad_fn is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         if not isinstance(recipe, Kept):
             compute_instead(blocks, SAVED_X, recipe.features)
-        y = y.with_recipe(ConvRecipe.of(recipe, weight, bias, arguments))
-    return y.with_statistics(mean, squares, arguments[-1])
+        y.remember(ConvRecipe.of(recipe, weight, bias, arguments))
+    y.remember_statistics(mean, squares, arguments[-1])
+    return y
 
 
 def sparse_conv_transpose3d(
@@ -183,8 +185,8 @@ def sparse_pool3d(
     steps = window if stride is None else triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
     target = x.mask.downsample(steps)
-    geometry = _window_geometry(source.mask, target, window, steps, conv_padding(window, steps, padding))
-    _check_volume(geometry)
+    sizes = conv_padding(window, steps, padding)
+    geometry = _window_geometry(source.mask, target, window, steps, sizes, whole=True)
     if divisor is None:
         divisor = math.prod(window) if count_include_pad or not any(geometry.padding) else 0
     arguments = (*_arguments(geometry), kind, divisor, backend or current_backend())
@@ -229,8 +231,13 @@ def sparse_group_norm(
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     mean, squares, count = channel_statistics(x, backend)
-    mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "sample", num_groups, False)
-    return _normalize(x, weight, bias, mean, variance, eps, count, "sample", num_groups, False, backend)
+    if num_groups == channels:
+        count = x.mask.voxel_counts(mean.dtype, least=1)
+        rstd = (squares / count).add_(eps).rsqrt_()
+    else:
+        mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "sample", num_groups, False)
+        count, rstd = count.clamp(min=1), (variance + eps).rsqrt()
+    return _normalize(x, weight, bias, mean, rstd, count, "sample", num_groups, False, backend)
 
 
 def sparse_batch_norm(
@@ -265,8 +272,8 @@ def sparse_batch_norm(
         dtype = _statistics_dtype(x)
         # A copy: the running statistics may change before the result is asked for.
         mean = running_mean.to(dtype).repeat(x.mask.batch, 1)
-        variance = running_var.to(dtype).expand(x.mask.batch, channels)
-        return _normalize(x, weight, bias, mean, variance, eps, torch.ones_like(mean), "nothing", 1, False, backend)
+        rstd = (running_var.to(dtype) + eps).rsqrt().repeat(x.mask.batch, 1)
+        return _normalize(x, weight, bias, mean, rstd, torch.ones_like(mean), "nothing", 1, False, backend)
     mean, squares, count = channel_statistics(x, backend)
     mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "batch", channels, synchronise)
     if running_mean is not None and running_var is not None:
@@ -276,10 +283,8 @@ def sparse_batch_norm(
             share = torch.where(count > 0, momentum, 0.0)
             running_mean += (share * (mean - running_mean))[0].to(running_mean.dtype)
             running_var += (share * (unbiased - running_var))[0].to(running_var.dtype)
-    rows = (x.mask.batch, channels)
-    return _normalize(
-        x, weight, bias, mean.expand(rows), variance.expand(rows), eps, count, "batch", channels, synchronise, backend
-    )
+    mean, rstd = (table.expand(x.mask.batch, channels).contiguous() for table in (mean, (variance + eps).rsqrt()))
+    return _normalize(x, weight, bias, mean, rstd, count.clamp(min=1), "batch", channels, synchronise, backend)
 
 
 def channel_statistics(x: BlockSparseTensor, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,8 +314,6 @@ def _merge_statistics(
 
     Chan et al. (1979): the squared deviations of the parts plus those of their means.
     """
-    if over == "sample" and groups == mean.shape[1]:
-        return mean, squares / count.clamp(min=1), count
     total = operators.norm.sum_shared(count, over, groups, synchronise)
     shared = operators.norm.sum_shared(count / total.clamp(min=1) * mean, over, groups, synchronise)
     squares = squares + count * (mean - shared).square()
@@ -322,9 +325,8 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,  # [N, C]
-    variance: Tensor,  # [N, C]
-    eps: float,
-    count: Tensor,  # [N, C] or [1, C]
+    rstd: Tensor,  # [N, C]
+    count: Tensor,  # at least 1, [N, C], [N, 1] or [1, C]
     over: Literal["sample", "batch", "nothing"],
     groups: int,
     synchronise: bool,
@@ -336,8 +338,8 @@ def _normalize(
         x.blocks,
         weight,
         bias,
-        mean.contiguous(),
-        (variance + eps).rsqrt().contiguous(),
+        mean,
+        rstd,
         count,
         block_geometry(x.mask),
         (over, groups, synchronise, backend or current_backend()),
@@ -390,12 +392,25 @@ def conv_padding(kernel_size: Triple, stride: Triple, padding: int | str | Seque
 
 
 def _window_geometry(
-    source: BlockMask, target: BlockMask, kernel_size: Triple, stride: Triple, padding: Triple
+    source: BlockMask, target: BlockMask, kernel_size: Triple, stride: Triple, padding: Triple, whole: bool = False
 ) -> WindowGeometry:
+    """The windows between the blocks of two masks; kept with ``source``, for all layers that are alike.
+
+    Args: whole: refuse volumes with an incomplete last window, see :func:`_check_volume`.
+    """
+    key = (kernel_size, stride, padding, whole)
+    known = source.windows.get(key)
+    if (
+        known is not None
+        and known.target_index is target.index
+        and known.target_voxels is target.voxels
+        and known.target_block == target.block
+    ):
+        return known
     sizes = zip(kernel_size, stride, padding, source.block, strict=True)
     # Blocks that a window reaches beyond its own: usually one on each side, more for large kernels on tiny blocks.
     radius: Triple = tuple(max(1, -(-max(p, k - s - p) // b)) for k, s, p, b in sizes)  # type: ignore[assignment]
-    return WindowGeometry(
+    geometry = WindowGeometry(
         source_index=source.index,
         source_voxels=source.voxels,
         target_index=target.index,
@@ -409,6 +424,11 @@ def _window_geometry(
         stride=stride,
         padding=padding,
     )
+    if whole:
+        _check_volume(geometry)
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():  # where tensors are for others too
+        source.windows[key] = geometry
+    return geometry
 
 
 def _check_volume(geometry: WindowGeometry) -> None:

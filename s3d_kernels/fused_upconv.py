@@ -94,7 +94,10 @@ def phase_weights(up_weight: Tensor, weight: Tensor) -> Tensor:
         p = 0:   k = -1: m = q - 1, r = 1    k = 0: m = q, r = 0    k = +1: m = q,     r = 1
         p = 1:   k = -1: m = q,     r = 0    k = 0: m = q, r = 1    k = +1: m = q + 1, r = 0
 
-    and what meets the same coarse voxel m = q + t - 1 + p is one tap t in {0, 1}^3 of the phase.
+    and what meets the same coarse voxel m = q + t - 1 + p is one tap t in {0, 1}^3 of the phase. All that meet under
+    phase p and tap t have k + 1 + 1 - r = 2 t + p: with the sub-voxels the other way round, the four sums along an axis
+    are the coefficients of a product of polynomials with three and with two. So it takes 64 products of matrices
+    instead of 27 * 8: of the values at four points an axis (Toom and Cook).
 
     Args:
         up_weight: [C_low, C_mid, 2, 2, 2], of the transposed convolution with stride 2.
@@ -103,24 +106,37 @@ def phase_weights(up_weight: Tensor, weight: Tensor) -> Tensor:
         the sums are over many channels, and are to be rounded once.
     Raises:
         ValueError: shapes do not fit.
+    Source: Toom-Cook as in Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (CVPR 2016), section 4.
     """
     _check_weights(up_weight, weight)
-    channels, middle = weight.shape[:2]
-    channels_low = len(up_weight)
     with torch.autocast(weight.device.type, enabled=False):
-        left = _wide(weight).permute(2, 3, 4, 0, 1).reshape(27 * channels, middle)
-        right = _wide(up_weight).permute(1, 2, 3, 4, 0).reshape(middle, 8 * channels_low)
-        products = (left @ right).view(3, 3, 3, channels, 2, 2, 2, channels_low)
-    for axis in range(3):
-        products = _meet(products, axis, axis + 4)
-    return products.permute(0, 1, 2, 3, 7, 4, 5, 6).contiguous()
+        left = _wide(weight).permute(2, 3, 4, 0, 1).contiguous()
+        right = _wide(up_weight).permute(2, 3, 4, 1, 0).contiguous()
+        for axis in range(3):
+            left = torch.stack(_values_of_three(*left.unbind(axis)), axis)
+            right = torch.stack(_values_of_two(*reversed(right.unbind(axis))), axis)
+        sums = left @ right  # at 4 * 4 * 4 points, [C, C_low] each
+        for axis in range(3):
+            sums = torch.stack(_coefficients(*sums.unbind(axis)), axis)
+    by_axis = sums.view(2, 2, 2, 2, 2, 2, len(weight), len(up_weight))  # tap and phase along each axis
+    return by_axis.permute(1, 3, 5, 6, 7, 0, 2, 4).contiguous()
 
 
-def _meet(products: Tensor, taps: int, sub_voxels: int) -> Tensor:
-    """Along one axis: the products of tap k (3 of them) and sub-voxel r (2) summed to phase p (2) and tap t (2)."""
-    (k0r0, k0r1), (k1r0, k1r1), (k2r0, k2r1) = (tap.unbind(sub_voxels - 1) for tap in products.unbind(taps))
-    phases = [[k0r1, k1r0 + k2r1], [k0r0 + k1r1, k2r0]]
-    return torch.stack([torch.stack(taps_of_phase, sub_voxels - 1) for taps_of_phase in phases], taps)
+# A polynomial is known by its values at 0, 1, -1 and infinity, where the value is the coefficient of the highest power.
+
+
+def _values_of_three(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+    outer = a + c
+    return [a, outer + b, outer - b, c]
+
+
+def _values_of_two(a: Tensor, b: Tensor) -> list[Tensor]:
+    return [a, a + b, a - b, b]
+
+
+def _coefficients(at_0: Tensor, at_1: Tensor, at_minus_1: Tensor, at_infinity: Tensor) -> list[Tensor]:
+    even, odd = (at_1 + at_minus_1) / 2, (at_1 - at_minus_1) / 2
+    return [at_0, odd - at_infinity, even - at_0, at_infinity]
 
 
 def _wide(parameter: Tensor) -> Tensor:

@@ -136,8 +136,8 @@ class WindowGeometry:
 
     def sizes(self) -> list[int]:
         """All numbers as one list, the form in which they pass through an operator; see :meth:`from_operator`."""
-        triples = (self.radius, self.shape, self.target_block, self.kernel_size, self.stride, self.padding)
-        return [self.batch, *(number for values in triples for number in values)]
+        g = self
+        return [g.batch, *g.radius, *g.shape, *g.target_block, *g.kernel_size, *g.stride, *g.padding]
 
     @classmethod
     def from_operator(

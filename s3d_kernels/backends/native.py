@@ -347,7 +347,7 @@ def _table_dtype(x: Tensor) -> torch.dtype:
 
 def _in(x: Tensor) -> Tensor:
     """An argument as the library takes it: contiguous, apart from autograd."""
-    return x.detach().contiguous()
+    return (x.detach() if x.requires_grad else x).contiguous()
 
 
 def _maybe(x: Tensor | None) -> Tensor | None:

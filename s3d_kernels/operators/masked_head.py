@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, BlockGeometry, BlocksProblem, NormProblem, call
+from .custom_operator import custom_operator
 from .norm import affine_tables
 
 # Features of one piece: on a CPU they stay in its caches, whatever the threads, which must not change the order of
@@ -64,7 +65,7 @@ def _gather(x: Tensor, geometry: BlockGeometry, backend: str) -> Tensor:
     return call(backend, problem, Backend.gather_blocks, x.permute(0, 4, 1, 2, 3), geometry)
 
 
-@torch.library.custom_op("s3d_kernels::masked_head", mutates_args=())
+@custom_operator("s3d_kernels::masked_head")
 def masked_head(
     x: Tensor,  # [N, D, H, W, C]
     norm_weight: Tensor,  # [C]
@@ -85,7 +86,7 @@ def masked_head(
     """
     x = x.contiguous()
     wanted = _wanted(index, sample_offsets, block, x)
-    scale, shift = affine_tables(norm_weight, norm_bias, mean, rstd)
+    scale, shift = affine_tables(norm_weight, norm_bias, rstd)
     y = weight.new_empty(len(wanted.index), *wanted.block, len(weight))
     for rows, piece in _pieces(wanted, x):
         raw = _gather(x, piece, backend)
@@ -106,7 +107,7 @@ def _(x, norm_weight, norm_bias, weight, bias, mean, rstd, index, sample_offsets
     return weight.new_empty(index.shape[0], *block, weight.shape[0])
 
 
-@torch.library.custom_op("s3d_kernels::masked_head_grad", mutates_args=())
+@custom_operator("s3d_kernels::masked_head_grad")
 def masked_head_grad(
     grad: Tensor,  # [V, bd, bh, bw, O]
     x: Tensor,  # [N, D, H, W, C]
@@ -124,7 +125,7 @@ def masked_head_grad(
     """Gradients of x [N, D, H, W, C], norm_weight [C], norm_bias [C], weight [O, C] and bias [O]."""
     x = x.contiguous()
     wanted = _wanted(index, sample_offsets, block, x)
-    scale, shift = affine_tables(norm_weight, norm_bias, mean, rstd)
+    scale, shift = affine_tables(norm_weight, norm_bias, rstd)
     depth, height, width = wanted.shape
     _, bh, bw = wanted.block
     grad = grad.reshape(len(wanted.index), bh * bw, len(weight))

@@ -12,10 +12,10 @@ upconv3d_grad_weight are the two others. Volumes are dense and channels last.
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from ..backends import Backend, UpconvProblem, call
+from .custom_operator import custom_operator
 
 # torch reads the schema of a custom operator from these annotations: it wants Optional and list, not unions, tuples.
 
@@ -24,7 +24,7 @@ def _problem(x: Tensor, in_channels: int, out_channels: int) -> UpconvProblem:
     return UpconvProblem(x.device.type, x.dtype, in_channels, out_channels)
 
 
-@torch.library.custom_op("s3d_kernels::upconv3d", mutates_args=())
+@custom_operator("s3d_kernels::upconv3d")
 def upconv3d(
     x: Tensor,  # [N, d, h, w, C_low]
     weight: Tensor,  # [2, 2, 2, C, C_low, 2, 2, 2]: phase, channels, tap
@@ -42,7 +42,7 @@ def _(x, weight, bias, backend):
     return x.new_empty(batch, 2 * d, 2 * h, 2 * w, weight.shape[3])
 
 
-@torch.library.custom_op("s3d_kernels::upconv3d_grad_input", mutates_args=())
+@custom_operator("s3d_kernels::upconv3d_grad_input")
 def upconv3d_grad_input(
     grad: Tensor,  # [N, 2d, 2h, 2w, C]
     weight: Tensor,  # [2, 2, 2, C, C_low, 2, 2, 2]
@@ -59,7 +59,7 @@ def _(grad, weight, backend):
     return grad.new_empty(batch, d // 2, h // 2, w // 2, weight.shape[4])
 
 
-@torch.library.custom_op("s3d_kernels::upconv3d_grad_weight", mutates_args=())
+@custom_operator("s3d_kernels::upconv3d_grad_weight")
 def upconv3d_grad_weight(
     grad: Tensor,  # [N, 2d, 2h, 2w, C]
     x: Tensor,  # [N, d, h, w, C_low]

@@ -471,7 +471,7 @@ def test_opcheck(emulated: NativeBackend) -> None:
     for function, arguments in operator_calls(emulated.name):
         # They are for eager mode, and the values of normalize_deferred are anything.
         utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(function, arguments, test_utils=utils)
+        torch.library.opcheck(function.definition, arguments, test_utils=utils)
 
 
 def test_what_cannot_be_fused_is_refused(emulated: NativeBackend) -> None:

@@ -179,9 +179,9 @@ def test_opcheck() -> None:
     tables = torch.rand(2, masked.batch, CHANNELS, generator=seeded(3), dtype=torch.float64).unbind(0)
     rest = (*tables, masked.index, masked.sample_offsets, list(masked.block), SLOPE, "native")
     given = [t.detach() for t in (whole(x).blocks, norm_weight, norm_bias, weight[..., 0, 0, 0], bias)]
-    torch.library.opcheck(operators.masked_head, (*(t.requires_grad_() for t in given), *rest))
+    torch.library.opcheck(operators.masked_head.definition, (*(t.requires_grad_() for t in given), *rest))
     grad = torch.randn(masked.num_blocks, *masked.block, 2, generator=seeded(4), dtype=torch.float64)
-    torch.library.opcheck(masked_head_grad, (grad, *(t.detach() for t in given[:4]), *rest))
+    torch.library.opcheck(masked_head_grad.definition, (grad, *(t.detach() for t in given[:4]), *rest))
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -175,6 +175,7 @@ void convolve_phases(const Upconv& u, bool transposed, const T* gathered, const 
                        int threads) {
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
   const UpconvTiles tiles(u);
+  if (tiles.total == 0) return;
   const int64_t depth = transposed ? u.out_channels : u.in_channels, wide = transposed ? u.in_channels : u.out_channels;
   const int64_t panels = (wide + panel - 1) / panel;
   // Panels and cuts of a group's tiles are equal work for all threads; a result does not depend on how tiles are cut.
@@ -314,6 +315,10 @@ void upconv3d_grad_weight(const Upconv& u, const T* grad, const T* x, T* grad_we
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
   const UpconvTiles tiles(u);
   const int64_t in_channels = u.in_channels, out_channels = u.out_channels;
+  if (tiles.total == 0) {
+    std::fill_n(grad_weight, kPhases * out_channels * in_channels * 8, T(0));
+    return;
+  }
   const int64_t panels = (out_channels + panel - 1) / panel;
   // Tiles are grouped by the problem alone, so that results do not depend on the threads.
   constexpr int64_t kGroupBytes = int64_t(1) << 20;

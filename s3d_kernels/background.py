@@ -135,8 +135,5 @@ class _AddRegions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        of_parts = [
-            grad[place].sum_to_size(1, *shape)[0]
-            for place, shape in zip(ctx.places, ctx.shapes, strict=True)
-        ]
+        of_parts = [grad[place].sum_to_size(1, *shape)[0] for place, shape in zip(ctx.places, ctx.shapes, strict=True)]
         return grad, None, *of_parts

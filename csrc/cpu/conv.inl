@@ -294,10 +294,71 @@ inline void transpose(const T* rows, int64_t row_stride, T* columns, int64_t col
 #pragma GCC unroll 16
   for (int j = 0; j < lanes; ++j) store(columns + j * column_stride, a[j]);
 }
+
+template <typename V, typename H, size_t... I>
+inline V joined(H low, H high, std::index_sequence<I...>) {
+  return __builtin_shufflevector(low, high, I...);
+}
+template <typename H, typename V, size_t... I>
+inline void split(V v, H* low, H* high, std::index_sequence<I...>) {
+  *low = __builtin_shufflevector(v, v, I...);
+  *high = __builtin_shufflevector(v, v, (sizeof...(I) + I)...);
+}
+
+// The same for rows half as long as a vector: `lanes` rows to lanes / 2 columns of `lanes` values, and back. Two rows are
+// one vector; interleaving a row of vectors with its second half moves the highest bit of each value's place to the lowest.
+template <typename T>
+struct Halves {
+  static constexpr int lanes = Vector<T>::lanes, half = lanes / 2;
+  using V = typename Vector<T>::type;
+  typedef T H __attribute__((vector_size(VECTOR_BYTES / 2), may_alias));
+  typedef T UnalignedH __attribute__((vector_size(VECTOR_BYTES / 2), aligned(alignof(T)), may_alias));
+
+  static void interleave_rounds(V* a, int bits) {
+    if constexpr (half == 1) return;
+    V b[half];
+#pragma GCC unroll 4
+    for (int round = 1; round < bits; round *= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half / 2; ++i) {
+        interleave(a[i], a[i + half / 2], &b[2 * i], &b[2 * i + 1], std::make_index_sequence<lanes>());
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) a[i] = b[i];
+    }
+  }
+  static void to_columns(const T* rows, int64_t row_stride, T* columns, int64_t column_stride) {
+    V a[half];
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const H low = *reinterpret_cast<const UnalignedH*>(rows + 2 * i * row_stride);
+      const H high = *reinterpret_cast<const UnalignedH*>(rows + (2 * i + 1) * row_stride);
+      a[i] = joined<V>(low, high, std::make_index_sequence<lanes>());
+    }
+    interleave_rounds(a, lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) store(columns + i * column_stride, a[i]);
+  }
+  static void to_rows(V* columns, T* rows, int64_t row_stride) {
+    interleave_rounds(columns, half);
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      H low, high;
+      split(columns[i], &low, &high, std::make_index_sequence<half>());
+      *reinterpret_cast<UnalignedH*>(rows + 2 * i * row_stride) = low;
+      *reinterpret_cast<UnalignedH*>(rows + (2 * i + 1) * row_stride) = high;
+    }
+  }
+};
 #else
 constexpr bool kTransposes = false;
 template <typename T>
 inline void transpose(const T*, int64_t, T*, int64_t) {}
+template <typename T>
+struct Halves {
+  static void to_columns(const T*, int64_t, T*, int64_t) {}
+  static void to_rows(typename Vector<T>::type*, T*, int64_t) {}
+};
 #endif
 
 // Gathered channels [begin, end) of panel p of one group's weight, in the order in which they are multiplied: [tap,
@@ -319,6 +380,10 @@ void pack_panel(const T* weight, bool transposed, int64_t taps, int64_t in_chann
           transpose(rows + j * row + first, row, lines + first * stride + j, stride);
         }
       }
+      continue;
+    }
+    if (kTransposes && filled == panel && 2 * taps == lanes) {
+      for (int64_t j = 0; j < panel; j += lanes) Halves<T>::to_columns(rows + j * row, row, lines + j, stride);
       continue;
     }
     for (int64_t tap = 0; tap < taps; ++tap) {

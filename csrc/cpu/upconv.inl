@@ -168,56 +168,65 @@ inline const T* weight_of_phase(const Upconv& u, const T* weight, int phase) {
   return weight + phase * u.out_channels * u.in_channels * 8;
 }
 
+// Transformed weights are eight times the weight, so they are never written to memory: as by conv3d_winograd_by_panel, a
+// panel is packed and transformed slice by slice of the gathered channels, each slice used at once for a group of tiles.
 template <typename T>
-void upconv3d_by_chunk(const Upconv& u, bool transposed, const T* gathered, const T* weight, const T* bias, T* written,
+void convolve_phases(const Upconv& u, bool transposed, const T* gathered, const T* weight, const T* bias, T* written,
                        int threads) {
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
   const UpconvTiles tiles(u);
   const int64_t depth = transposed ? u.out_channels : u.in_channels, wide = transposed ? u.in_channels : u.out_channels;
-  const int64_t panels = (wide + panel - 1) / panel, padded = panels * panel, size = panels * depth * panel;
-  AlignedBuffer<T> packed(8 * size), points(kPhases * kPoints * size);  // [8 or phase and 64, panel, k, NR]
-  for (int phase = 0; phase < kPhases; ++phase) {
-    pack_weights(weight_of_phase(u, weight, phase), transposed, 8, u.in_channels, u.out_channels, packed.data, threads);
-    T* to = points.data + phase * kPoints * size;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t line = 0; line < panels * depth; ++line) {
-      transform_upconv_weights(packed.data + line * panel, size, transposed, panel / lanes, to + line * panel, size);
-    }
-  }
-  // Whole groups of rows, and work for all threads; a result does not depend on how tiles are cut into chunks.
-  const int64_t even = (tiles.total / (4 * threads) + REGISTER_ROWS - 1) / REGISTER_ROWS * REGISTER_ROWS;
-  const int64_t chunk = std::clamp<int64_t>(even, REGISTER_ROWS, kChunkTiles);
-  const int64_t chunks = (tiles.total + chunk - 1) / chunk;
-  const int64_t input_stride = spread(chunk * depth), product_stride = spread(chunk * padded);
-  const BufferPerThread<T> all_inputs(threads, kPoints * input_stride), all_products(threads, kPoints * product_stride);
+  const int64_t panels = (wide + panel - 1) / panel;
+  // Panels and cuts of a group's tiles are equal work for all threads; a result does not depend on how tiles are cut.
+  const int64_t wanted = threads / std::gcd<int64_t>(threads, panels), most = kTilesOfPanel * wanted;
+  const int64_t groups = (tiles.total + most - 1) / most, largest = (tiles.total + groups - 1) / groups;
+  const int64_t cuts = std::min(wanted, largest);
+  const int64_t bytes = static_cast<int64_t>(kPoints * panel * sizeof(T));
+  const int64_t slice = std::clamp<int64_t>(kSliceBytes / bytes, 1, depth), stride = (slice + 1) * panel;
+  const int64_t slices = (depth + slice - 1) / slice;
+  const int64_t input_stride = spread(largest * slice), product_stride = spread((largest + cuts - 1) / cuts * panel);
+  // [slice, point, tile, channel]: what is multiplied lies together.
+  AlignedBuffer<T> inputs(slices * kPoints * input_stride);
+  const BufferPerThread<T> all_packed(threads, 8 * stride), all_points(threads, kPoints * stride);
+  // Products are needed until outputs are made of them: after each phase, or after the last.
+  const int64_t products_size = kPoints * product_stride;
+  AlignedBuffer<T> all_products((transposed ? cuts * panels : threads) * products_size);
 #pragma omp parallel num_threads(threads)
-  {
-    T *inputs = all_inputs.mine(), *products = all_products.mine();
+  for (int64_t group = 0; group < groups; ++group) {
+    T *packed = all_packed.mine(), *points = all_points.mine();
     int64_t voxels[kPoints];
-#pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < chunks; ++part) {
-      const int64_t first = part * chunk, count = std::min(chunk, tiles.total - first);
-      for (int phase = 0; phase < kPhases; ++phase) {
-        for (int64_t i = 0; i < count; ++i) {
-          transposed ? tiles.gradients(first + i, phase, voxels) : tiles.inputs(first + i, phase, voxels);
-          transform_inputs(voxels, gathered, depth, depth, inputs + i * depth, input_stride);
+    const int64_t begin = tiles.total * group / groups, total = tiles.total * (group + 1) / groups - begin;
+    for (int phase = 0; phase < kPhases; ++phase) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < total; ++i) {
+        transposed ? tiles.gradients(begin + i, phase, voxels) : tiles.inputs(begin + i, phase, voxels);
+        for (int64_t s = 0; s < slices; ++s) {
+          transform_inputs(voxels, gathered + s * slice, depth, std::min(slice, depth - s * slice),
+                           inputs.data + s * kPoints * input_stride + i * slice, input_stride);
         }
-        for (int point = 0; point < kPoints; ++point) {
-          const T* x = inputs + point * input_stride;
-          T* y = products + point * product_stride;
-          for (int64_t p = 0; p < panels; ++p) {
-            const T* weights = points.data + (phase * kPoints + point) * size + p * depth * panel;
-            if (transposed && phase > 0) {
-              product<T, true>(count, x, depth, depth, weights, y + p * panel, padded);
-            } else {
-              product<T, false>(count, x, depth, depth, weights, y + p * panel, padded);
+      }
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int64_t cut = 0; cut < cuts; ++cut) {
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t first = total * cut / cuts, count = total * (cut + 1) / cuts - first;
+          T* products = all_products.data + (transposed ? cut * panels + p : thread_number()) * products_size;
+          if (!transposed || phase == 0) std::fill_n(products, products_size, T(0));
+          for (int64_t s = 0; s < slices; ++s) {
+            const int64_t k = s * slice, end = std::min(depth, k + slice);
+            pack_panel(weight_of_phase(u, weight, phase), transposed, 8, u.in_channels, u.out_channels, p, k, end, packed,
+                       stride);
+            transform_upconv_weights(packed, stride, transposed, (end - k) * panel / lanes, points, stride);
+            for (int point = 0; point < kPoints; ++point) {
+              const T* x = inputs.data + (s * kPoints + point) * input_stride + first * slice;
+              product<T, true>(count, x, slice, end - k, points + point * stride, products + point * product_stride, panel);
             }
           }
-        }
-        if (transposed && phase < kPhases - 1) continue;
-        for (int64_t i = 0; i < count; ++i) {
-          transposed ? tiles.input_gradients(first + i, voxels) : tiles.outputs(first + i, phase, voxels);
-          transform_upconv_outputs(voxels, products + i * padded, product_stride, bias, written, wide, 0, wide);
+          if (transposed && phase < kPhases - 1) continue;
+          for (int64_t i = 0; i < count; ++i) {
+            transposed ? tiles.input_gradients(begin + first + i, voxels) : tiles.outputs(begin + first + i, phase, voxels);
+            transform_upconv_outputs(voxels, products + i * panel, product_stride, bias, written, wide, p * panel,
+                                     std::min(wide, (p + 1) * panel));
+          }
         }
       }
     }
@@ -226,42 +235,50 @@ void upconv3d_by_chunk(const Upconv& u, bool transposed, const T* gathered, cons
 
 template <typename T>
 void upconv3d(const Upconv& u, const T* x, const T* weight, const T* bias, T* y, int threads) {
-  upconv3d_by_chunk(u, false, x, weight, bias, y, threads);
+  convolve_phases(u, false, x, weight, bias, y, threads);
 }
 
 template <typename T>
 void upconv3d_grad_input(const Upconv& u, const T* grad, const T* weight, T* grad_x, int threads) {
-  upconv3d_by_chunk<T>(u, true, grad, weight, nullptr, grad_x, threads);
+  convolve_phases<T>(u, true, grad, weight, nullptr, grad_x, threads);
 }
 
-// The 16 points of one plane of transformed gradients, for channels [begin, end), zeros beyond `channels`.
+// The 64 points of the gradients of one tile, out[point * stride + c - begin], for channels [begin, end) of which those from
+// `channels` on are zeros.
 template <typename T>
-inline void transform_upconv_gradients_plane(const int64_t* voxels, int plane, const T* grad, int64_t channels,
-                                             int64_t begin, int64_t end, T* out, int64_t stride) {
+inline void transform_upconv_gradients(const int64_t* voxels, const T* grad, int64_t channels, int64_t begin, int64_t end,
+                                       T* out, int64_t stride) {
   constexpr int64_t lanes = Vector<T>::lanes;
   using V = typename Vector<T>::type;
-  // g0, g0 + g1 + g2, g0 - g1 + g2, -g2.
-  static const T factors[4][3] = {{1, 0, 0}, {1, 1, 1}, {1, -1, 1}, {0, 0, -1}};
-  alignas(64) T rest[lanes];
+  alignas(64) T rest[kUpconvOutputs * lanes];
   for (int64_t c = begin; c < end; c += lanes) {
-    V g[9], a[12], m[16];
-    for (int yx = 0; yx < 9; ++yx) {
-      g[yx] = V{};
-      for (int z = 0; z < 3; ++z) {
-        const int64_t voxel = voxels[z * 9 + yx];
-        if (factors[plane][z] == 0 || voxel < 0 || c >= channels) continue;
-        if (c + lanes <= channels) {
-          g[yx] += load(grad + voxel * channels + c) * factors[plane][z];
-        } else {
-          std::fill_n(rest, lanes, T(0));
-          std::copy_n(grad + voxel * channels + c, channels - c, rest);
-          g[yx] += load(rest) * factors[plane][z];
-        }
+    const bool whole = c + lanes <= channels;
+    if (!whole) {
+      std::fill_n(rest, kUpconvOutputs * lanes, T(0));
+      for (int i = 0; i < kUpconvOutputs && c < channels; ++i) {
+        if (voxels[i] >= 0) std::copy_n(grad + voxels[i] * channels + c, channels - c, rest + i * lanes);
       }
     }
-    for (int y = 0; y < 3; ++y) spread_upconv_output_axis(g + y * 3, 1, a + y * 4, 1);  // [3, 4]
-    for (int x = 0; x < 4; ++x) spread_upconv_output_axis(a + x, 4, m + x, 4);          // [4, 4]
-    for (int i = 0; i < 16; ++i) store(out + i * stride + (c - begin), m[i]);
+    V t[36];
+    for (int yx = 0; yx < 9; ++yx) {
+      V column[3];
+#pragma GCC unroll 3
+      for (int z = 0; z < 3; ++z) {
+        const int i = z * 9 + yx;
+        column[z] = !whole ? load(rest + i * lanes) : voxels[i] < 0 ? V{} : load(grad + voxels[i] * channels + c);
+      }
+      spread_upconv_output_axis(column, 1, t + yx, 9);  // [4, 3, 3]
+    }
+    for (int z = 0; z < 4; ++z) {
+      V a[12], m[16];
+#pragma GCC unroll 3
+      for (int x = 0; x < 3; ++x) spread_upconv_output_axis(t + z * 9 + x, 3, a + x, 3);  // [4, 3]
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) spread_upconv_output_axis(a + y * 3, 1, m + y * 4, 1);  // [4, 4]
+      T* to = out + z * 16 * stride + c - begin;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store(to + i * stride, m[i]);
+    }
   }
 }
 
@@ -271,92 +288,107 @@ inline void transform_upconv_weight_gradient(const typename Vector<T>::type* poi
                                              int64_t out_channels, int64_t out, int64_t k) {
   constexpr int64_t lanes = Vector<T>::lanes;
   typename Vector<T>::type a[32], b[16], g[8];
-  alignas(64) T lines[8 * lanes];
   for (int yx = 0; yx < 16; ++yx) gather_upconv_weight_axis(points + yx, 16, a + yx, 16);  // [2, 4, 4]
   for (int z = 0; z < 2; ++z) {
     for (int x = 0; x < 4; ++x) gather_upconv_weight_axis(a + z * 16 + x, 4, b + z * 8 + x, 4);  // [2, 2, 4]
   }
   for (int zy = 0; zy < 4; ++zy) gather_upconv_weight_axis(b + zy * 4, 1, g + zy * 2, 1);  // [2, 2, 2]
-  for (int tap = 0; tap < 8; ++tap) store(lines + tap * lanes, g[tap]);
   T* to = grad_weight + (out * in_channels + k) * 8;
+  const bool whole = kTransposes && out + lanes <= out_channels;
+  if (whole && lanes == 16) return Halves<T>::to_rows(g, to, in_channels * 8);
+  alignas(64) T lines[8 * lanes];
+  for (int tap = 0; tap < 8; ++tap) store(lines + tap * lanes, g[tap]);
+  if (whole) {
+    for (int64_t tap = 0; tap < 8; tap += lanes) transpose(lines + tap * lanes, lanes, to + tap, in_channels * 8);
+    return;
+  }
   for (int64_t l = 0; l < std::min(lanes, out_channels - out); ++l) {
     for (int tap = 0; tap < 8; ++tap) to[l * in_channels * 8 + tap] = lines[tap * lanes + l];
   }
 }
 
+// Phase by phase, of one group of tiles after the other whose transformed features stay in the cache: the points of a few
+// weights at a time are added up over its tiles.
 template <typename T>
 void upconv3d_grad_weight(const Upconv& u, const T* grad, const T* x, T* grad_weight, int threads) {
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
-  using V = typename Vector<T>::type;
   const UpconvTiles tiles(u);
   const int64_t in_channels = u.in_channels, out_channels = u.out_channels;
-  const int64_t panels = (out_channels + panel - 1) / panel, padded = panels * panel, size = in_channels * padded;
-  // Tiles are taken in parts whose features stay in the cache while all items of work, a phase, one of its four planes of
-  // points and some panels of output channels, pass over them. Parts and chunks depend on the problem alone, so that
-  // results do not depend on the threads.
-  constexpr int64_t kPartBytes = int64_t(8) << 20, kChunkBytes = int64_t(512) << 10;
-  const int64_t bytes = static_cast<int64_t>(sizeof(T));
-  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / (16 * bytes * (in_channels + padded)), 32, 128);
-  const int64_t of_tile = kUpconvOutputs * bytes * (in_channels + kPhases * out_channels);
-  const int64_t part = std::max<int64_t>(kPartBytes / of_tile / chunk, 1) * chunk;
-  const int64_t pieces = std::clamp<int64_t>((4 * threads + 31) / 32, 1, panels);
-  const int64_t row_groups = (in_channels + REGISTER_ROWS - 1) / REGISTER_ROWS;
-  const int64_t input_stride = spread(chunk * in_channels);
-  AlignedBuffer<T> sums(kPhases * kPoints * size);
-  std::vector<int64_t> source(chunk);
-  std::vector<int32_t> target(chunk);
-  for (int64_t i = 0; i < chunk; ++i) source[i] = target[i] = static_cast<int32_t>(i);
-  const BufferPerThread<T> all_inputs(threads, 16 * input_stride), all_gradients(threads, 16 * spread(chunk * padded));
+  const int64_t panels = (out_channels + panel - 1) / panel;
+  // Tiles are grouped by the problem alone, so that results do not depend on the threads.
+  constexpr int64_t kGroupBytes = int64_t(1) << 20;
+  const int64_t of_tile = kPoints * static_cast<int64_t>(sizeof(T)) * (in_channels + panels * panel);
+  const int64_t most = std::max<int64_t>(kGroupBytes / of_tile, 48);
+  const int64_t groups = (tiles.total + most - 1) / most, largest = (tiles.total + groups - 1) / groups;
+  // Input channels are cut into whole vectors, few enough that their sums stay in the cache, and for all threads.
+  const int64_t wanted = std::max<int64_t>((in_channels + 47) / 48, (2 * threads + panels - 1) / panels);
+  const int64_t rows = ((in_channels + wanted - 1) / wanted + lanes - 1) / lanes * lanes;
+  const int64_t cuts = (in_channels + rows - 1) / rows, items = panels * cuts;
+  const int64_t input_stride = spread(largest * rows), gradient_stride = spread(largest * panel);
+  // [rows or panel, point, tile, channel]: what is multiplied lies together.
+  AlignedBuffer<T> inputs(cuts * kPoints * input_stride), gradients(panels * kPoints * gradient_stride);
+  // Sums [point, row, NR] of one item are made at once, or kept from group to group; then points are items of their own.
+  const int64_t size = kPoints * rows * panel, pieces = groups > 1 ? kPoints : 1;
+  AlignedBuffer<T> all_sums((groups > 1 ? items : threads) * size);
+  std::vector<int64_t> source(largest);
+  std::vector<int32_t> target(largest);
+  for (int64_t i = 0; i < largest; ++i) source[i] = target[i] = static_cast<int32_t>(i);
+  // Rows [begin, end) of an item's sums to taps.
+  const auto finish = [&](int phase, int64_t item, int64_t begin, int64_t end, const T* sums) {
+    T* to = grad_weight + phase * out_channels * in_channels * 8;
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t half = 0; half < panel; half += lanes) {
+        typename Vector<T>::type t[kPoints];
+        for (int i = 0; i < kPoints; ++i) t[i] = load(sums + (i * rows + m) * panel + half);
+        transform_upconv_weight_gradient(t, to, in_channels, out_channels, item / cuts * panel + half,
+                                         item % cuts * rows + m);
+      }
+    }
+  };
 #pragma omp parallel num_threads(threads)
-  {
-    T *inputs = all_inputs.mine(), *gradients = all_gradients.mine();
+  for (int phase = 0; phase < kPhases; ++phase) {
     int64_t voxels[kPoints];
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = tiles.total * group / groups, total = tiles.total * (group + 1) / groups - begin;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < kPhases * kPoints; ++i) std::fill_n(sums.data + i * size, size, T(0));
-    for (int64_t begin = 0; begin < tiles.total; begin += part) {
-      const int64_t last = std::min(tiles.total, begin + part);
+      for (int64_t i = 0; i < total; ++i) {
+        tiles.inputs(begin + i, phase, voxels);
+        for (int64_t r = 0; r < cuts; ++r) {
+          transform_inputs(voxels, x + r * rows, in_channels, std::min(rows, in_channels - r * rows),
+                           inputs.data + r * kPoints * input_stride + i * rows, input_stride);
+        }
+        tiles.outputs(begin + i, phase, voxels);
+        for (int64_t p = 0; p < panels; ++p) {
+          transform_upconv_gradients(voxels, grad, out_channels, p * panel, (p + 1) * panel,
+                                     gradients.data + p * kPoints * gradient_stride + i * panel, gradient_stride);
+        }
+      }
 #pragma omp for collapse(2) schedule(dynamic)
-      for (int item = 0; item < kPhases * 4; ++item) {
+      for (int64_t item = 0; item < items; ++item) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int phase = item / 4, plane = item % 4;
-          const int64_t p_begin = panels * piece / pieces, p_end = panels * (piece + 1) / pieces;
-          const int64_t wide = (p_end - p_begin) * panel, grad_stride = spread(chunk * wide);
-          T* total = sums.data + item * 16 * size;
-          for (int64_t first = begin; first < last; first += chunk) {
-            const int64_t count = std::min(chunk, last - first);
-            for (int64_t i = 0; i < count; ++i) {
-              tiles.inputs(first + i, phase, voxels);
-              transform_inputs_plane(voxels, plane, x, in_channels, inputs + i * in_channels, input_stride);
-              tiles.outputs(first + i, phase, voxels);
-              transform_upconv_gradients_plane(voxels, plane, grad, out_channels, p_begin * panel, p_end * panel,
-                                               gradients + i * wide, grad_stride);
-            }
-            for (int i = 0; i < 16; ++i) {
-              for (int64_t p = p_begin; p < p_end; ++p) {
-                T* sum = total + i * size + p * in_channels * panel;
-                const T* g = gradients + i * grad_stride + (p - p_begin) * panel;
-                for (int64_t r = 0; r < row_groups; ++r) {
-                  const int64_t row = in_channels * r / row_groups, end = in_channels * (r + 1) / row_groups;
-                  correlate_rows<T, REGISTER_ROWS>(end - row, count, inputs + i * input_stride + row, in_channels,
-                                                   source.data(), g, wide, target.data(), sum + row * panel);
-                }
-              }
+          const int64_t p = item / cuts, r = item % cuts, count = std::min(rows, in_channels - r * rows);
+          const int64_t parts = (count + REGISTER_ROWS - 1) / REGISTER_ROWS;
+          T* sums = all_sums.data + (groups > 1 ? item : thread_number()) * size;
+          for (int64_t point = kPoints * piece / pieces; point < kPoints * (piece + 1) / pieces; ++point) {
+            const T* from = inputs.data + (r * kPoints + point) * input_stride;
+            const T* g = gradients.data + (p * kPoints + point) * gradient_stride;
+            T* sum = sums + point * rows * panel;
+            if (group == 0) std::fill_n(sum, rows * panel, T(0));
+            for (int64_t part = 0; part < parts; ++part) {
+              const int64_t m = count * part / parts, end = count * (part + 1) / parts;
+              correlate_rows<T, REGISTER_ROWS>(end - m, total, from + m, rows, source.data(), g, panel, target.data(),
+                                               sum + m * panel);
             }
           }
+          if (pieces == 1) finish(phase, item, 0, count, sums);
         }
       }
     }
-#pragma omp for collapse(2) schedule(static)
-    for (int phase = 0; phase < kPhases; ++phase) {
-      for (int64_t line = 0; line < panels * in_channels; ++line) {
-        T* to = grad_weight + phase * out_channels * in_channels * 8;
-        for (int64_t half = 0; half < panel; half += lanes) {
-          V t[kPoints];
-          for (int i = 0; i < kPoints; ++i) t[i] = load(sums.data + (phase * kPoints + i) * size + line * panel + half);
-          transform_upconv_weight_gradient(t, to, in_channels, out_channels, line / in_channels * panel + half,
-                                           line % in_channels);
-        }
-      }
+    if (groups == 1) continue;
+#pragma omp for schedule(static)
+    for (int64_t line = 0; line < items * rows; ++line) {
+      const int64_t item = line / rows, m = line % rows;
+      if (item % cuts * rows + m < in_channels) finish(phase, item, m, m + 1, all_sums.data + item * size);
     }
   }
 }

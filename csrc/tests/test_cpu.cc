@@ -37,6 +37,8 @@ using s3d::Window;
 using s3d::cpu::InstructionSet;
 using s3d::cpu::Place;
 using s3d::cpu::Rows;
+using s3d::cpu::Upconv;
+using s3d::cpu::UpconvKernels;
 using s3d::cpu::Volume;
 using namespace s3d::test;
 
@@ -251,6 +253,67 @@ struct Convolution {
   std::string name;
 };
 
+// ---- fused up-convolution
+
+struct Upconvolution {
+  Upconvolution(const Upconv& u, bool with_bias, Random& random)
+      : u(u),
+        x(random.values(u.inputs())),
+        grad(random.values(u.outputs())),
+        weight(random.values(u.weights())),
+        bias(with_bias ? random.values(u.out_channels) : std::vector<double>()),
+        y(u.outputs()),
+        grad_x(u.inputs()),
+        grad_weight(u.weights()) {
+    name = "up-convolution of " + std::to_string(u.batch) + " volumes " + text(u.shape) + " channels " +
+           std::to_string(u.in_channels) + " to " + std::to_string(u.out_channels) + (with_bias ? " bias" : "");
+    const Triple fine = times(u.shape, {2, 2, 2});
+    for (int64_t voxel = 0; voxel < u.batch * fine.volume(); ++voxel) {
+      const int64_t n = voxel / fine.volume(), z = voxel / fine.w / fine.h % fine.d, y_ = voxel / fine.w % fine.h;
+      const int64_t x_ = voxel % fine.w, phase = z % 2 * 4 + y_ % 2 * 2 + x_ % 2;
+      for (int64_t o = 0; o < u.out_channels && with_bias; ++o) y.add(voxel * u.out_channels + o, bias[o]);
+      for (int64_t tap = 0; tap < 8; ++tap) {
+        const int64_t from_z = (z + 1) / 2 - 1 + tap / 4, from_y = (y_ + 1) / 2 - 1 + tap / 2 % 2;
+        const int64_t from_x = (x_ + 1) / 2 - 1 + tap % 2;
+        if (from_z < 0 || from_z >= u.shape.d || from_y < 0 || from_y >= u.shape.h || from_x < 0) continue;
+        if (from_x >= u.shape.w) continue;
+        const int64_t from = ((n * u.shape.d + from_z) * u.shape.h + from_y) * u.shape.w + from_x;
+        for (int64_t o = 0; o < u.out_channels; ++o) {
+          for (int64_t i = 0; i < u.in_channels; ++i) {
+            const int64_t at_y = voxel * u.out_channels + o, at_x = from * u.in_channels + i;
+            const int64_t at_w = ((phase * u.out_channels + o) * u.in_channels + i) * 8 + tap;
+            y.add(at_y, weight[at_w] * x[at_x]);
+            grad_x.add(at_x, weight[at_w] * grad[at_y]);
+            grad_weight.add(at_w, grad[at_y] * x[at_x]);
+          }
+        }
+      }
+    }
+  }
+
+  template <typename T>
+  void check_all(const InstructionSet& set) const {
+    const auto& kernels = std::get<UpconvKernels<T>>(set.upconv);
+    const Buffer<T> x_(x), grad_(grad), weight_(weight), bias_(bias);
+    const T* b = bias.empty() ? nullptr : bias_.data();
+    const auto line = [&](const char* kernel) -> Report& { return report(set.name, type_name<T>(), kernel); };
+    check<T>(line("upconv3d"), name, {blurred(y, nullptr, 1)}, 32, [&](T* const* out, int threads) {
+      kernels.upconv3d(u, x_.data(), weight_.data(), b, out[0], threads);
+    });
+    check<T>(line("upconv3d_grad_input"), name, {blurred(grad_x, nullptr, 1)}, 32, [&](T* const* out, int threads) {
+      kernels.grad_input(u, grad_.data(), weight_.data(), out[0], threads);
+    });
+    check<T>(line("upconv3d_grad_weight"), name, {blurred(grad_weight, nullptr, 1)}, 32, [&](T* const* out, int threads) {
+      kernels.grad_weight(u, grad_.data(), x_.data(), out[0], threads);
+    });
+  }
+
+  Upconv u;
+  std::vector<double> x, grad, weight, bias;
+  Expected y, grad_x, grad_weight;
+  std::string name;
+};
+
 // ---- half precision: what the kernels for float give on the same values, rounded
 
 template <typename S>
@@ -339,6 +402,31 @@ void check_half_convolution(const InstructionSet& set, const Problem& p, const C
       [&](float* out, float*) {
         floats.conv3d_grad_weight_winograd(p.forward, g.wide.data(), x.wide.data(), out, c.in, c.out, 1);
       });
+}
+
+template <typename S>
+void check_half_upconvolution(const InstructionSet& set, const Upconvolution& c) {
+  const Upconv& u = c.u;
+  const auto& halves = std::get<UpconvKernels<S>>(set.upconv);
+  const auto& floats = std::get<UpconvKernels<float>>(set.upconv);
+  const Both<S> x(c.x), g(c.grad), w(c.weight), b(c.bias);
+  const bool biased = !c.bias.empty();
+  check_half<S>(
+      set, "upconv3d", c.name, u.outputs(), 0,
+      [&](S* out, float*, int threads) {
+        halves.upconv3d(u, x.half.data(), w.half.data(), biased ? b.half.data() : nullptr, out, threads);
+      },
+      [&](float* out, float*) {
+        floats.upconv3d(u, x.wide.data(), w.wide.data(), biased ? b.wide.data() : nullptr, out, 1);
+      });
+  check_half<S>(
+      set, "upconv3d_grad_input", c.name, u.inputs(), 0,
+      [&](S* out, float*, int threads) { halves.grad_input(u, g.half.data(), w.half.data(), out, threads); },
+      [&](float* out, float*) { floats.grad_input(u, g.wide.data(), w.wide.data(), out, 1); });
+  check_half<S>(
+      set, "upconv3d_grad_weight", c.name, u.weights(), 0,
+      [&](S* out, float*, int threads) { halves.grad_weight(u, g.half.data(), x.half.data(), out, threads); },
+      [&](float* out, float*) { floats.grad_weight(u, g.wide.data(), x.wide.data(), out, 1); });
 }
 
 template <typename S>
@@ -851,6 +939,24 @@ void check_large_windows() {
   check_convolution(strided, {3, 18, 1}, random);
 }
 
+// Tiles of 3x3x3 hang over the border or do not; few of them, and enough for several groups.
+void check_upconvolutions(int64_t every) {
+  const Upconv problems[] = {{1, {10, 11, 10}, 34, 20}, {1, {1, 1, 1}, 1, 1},    {2, {1, 2, 3}, 3, 5},
+                             {1, {3, 6, 3}, 17, 33},    {2, {2, 4, 5}, 6, 50},   {1, {4, 3, 2}, 66, 3},
+                             {1, {7, 5, 8}, 20, 18},    {3, {4, 1, 2}, 1, 33},   {2, {2, 3, 3}, 34, 64}};
+  constexpr int64_t all = sizeof problems / sizeof problems[0];
+  Random random(3);
+  for (int64_t i = 0; i < all; i += every) {
+    const Upconvolution upconvolution(problems[i], random.chance(0.5), random);
+    for (const InstructionSet* set : sets) {
+      upconvolution.check_all<float>(*set);
+      upconvolution.check_all<double>(*set);
+      check_half_upconvolution<bfloat16>(*set, upconvolution);
+      check_half_upconvolution<float16>(*set, upconvolution);
+    }
+  }
+}
+
 void check_norms() {
   struct Case {
     std::vector<double> share;
@@ -914,6 +1020,7 @@ int main(int count, char** arguments) {
   }
   check_windows(every);
   if (every == 1) check_large_windows();
+  check_upconvolutions(every);
   check_norms();
   for (const InstructionSet* set : sets) {
     for (const int64_t length : {3, 64}) {

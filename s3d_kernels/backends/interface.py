@@ -9,7 +9,7 @@ results are zero at masked voxels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ Triple = tuple[int, int, int]
 PoolKind = Literal["avg", "max"]
 
 
-@dataclass(frozen=True)
-class ConvProblem:
+# Problems are named tuples because every call of an operator makes one and looks it up.
+class ConvProblem(NamedTuple):
     """A convolution as far as the choice of a backend depends on it."""
 
     device: str
@@ -35,8 +35,7 @@ class ConvProblem:
     operator: str = "conv3d"
 
 
-@dataclass(frozen=True)
-class NormProblem:
+class NormProblem(NamedTuple):
     """Normalisation statistics, their application or its backward."""
 
     device: str
@@ -47,8 +46,7 @@ class NormProblem:
     operator: str = "norm"
 
 
-@dataclass(frozen=True)
-class PoolProblem:
+class PoolProblem(NamedTuple):
     """Average or maximum pooling."""
 
     device: str
@@ -63,8 +61,7 @@ class PoolProblem:
     operator: str = "pool3d"
 
 
-@dataclass(frozen=True)
-class BlocksProblem:
+class BlocksProblem(NamedTuple):
     """Gathering blocks from a dense volume, or scattering them to one."""
 
     device: str

@@ -14,9 +14,10 @@ from ..backends import Backend, BlockGeometry, BlocksProblem, NormProblem, call
 from .custom_operator import custom_operator
 from .norm import affine_tables
 
-# Features of one piece: on a CPU they stay in its caches, whatever the threads, which must not change the order of
-# sums; on a GPU they are so many that starting kernels takes no time.
-PIECE_BYTES = {"cpu": 2**20}
+# Features of one piece. On a CPU four such tensors stay in its outermost cache; smaller pieces are a little faster on
+# an idle machine, but on a busy one threads wait for the scheduler several times in each. Not a matter of the number of
+# threads, which must not change the order of sums. On a GPU starting kernels takes no time beside so many.
+PIECE_BYTES = {"cpu": 2**22}
 PIECE_BYTES_ELSEWHERE = 2**26
 
 Piece = tuple[slice, BlockGeometry]  # of the rows of a tensor, and where they lie

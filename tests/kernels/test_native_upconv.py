@@ -16,7 +16,7 @@ from .test_operators import TOLERANCE, assert_close, draw
 
 SETS = native.instruction_sets()
 
-# Batch, sides of the coarse volume, input and output channels. Tiles have 3^3 coarse voxels: below, multiples, between.
+# Batch, sides of the coarse volume; input and output channels. Tiles are of 3x3x3 coarse voxels.
 PROBLEMS = [
     ((1, 1, 1, 1), (1, 1)),
     ((2, 1, 2, 3), (3, 5)),

@@ -262,13 +262,13 @@ def test_bad_weights_of_phase_weights_are_named() -> None:
         phase_weights(torch.zeros(4, 3, 2, 2, 2), torch.zeros(5, 4, 3, 3, 3))
 
 
-PROBLEM = UpconvProblem("cpu", torch.float32, 4, 5)
+PROBLEM = UpconvProblem("cpu", torch.float32, 3, 4)
 
 
 def test_is_explained_and_measured(tmp_path: Path) -> None:
     assert explain(PROBLEM)["triton"] == "its kernels are for cuda tensors, not cpu"
     assert explain(PROBLEM)["reference"] is None
-    given = operands("odd", torch.float32)
+    given = operands("one voxel", torch.float32)
     try:
         with tuning(tmp_path / "measurements.json"):
             with_gradients(fused_upconv3d(**given), given)  # type: ignore[arg-type]

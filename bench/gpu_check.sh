@@ -87,7 +87,7 @@ all_done
 # Fast or slow. Nothing else runs.
 alone step-profile 90 "$python" bench/gpu_step_profile.py "$folder/step-profile"
 alone steps 110 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --mask-ratios 0.75 --dtypes bfloat16 \
-  --contenders "native,torch,dense masked,dense" --seconds 5 -k test_step --results "$folder/results"
+  --contenders "native,native plain decoder,torch,dense masked,dense" --seconds 5 -k test_step --results "$folder/results"
 alone layers 60 "$python" -m pytest -q bench/ --benchmark --patch-size 160 --mask-ratios 0.75 --dtypes bfloat16 \
   --contenders "native,triton,dense masked,dense,dense channels-last" --seconds 0.3 -k "test_layer and conv_3" --results "$folder/results"
 

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from turns import prepare, word
 
 CASE = Case("step", "", "resenc-l", 160, 1, 32, "blocks", 0.75, "bfloat16")
-CONTENDERS = ("native", "dense masked", "dense", "dense channels-last", "torch")
+CONTENDERS = ("native", "native plain decoder", "dense masked", "dense", "dense channels-last", "torch")
 WARM_UP, ROUNDS, PROFILED = 3, 8, 3
 ROWS = 45  # of a table
 

@@ -112,7 +112,7 @@ def _name_tokens(model: S3D) -> None:
     model.__dict__["_fill"] = named
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _NamedNorm(PendingNorm):
     """A normalisation that waits, and the name of its layer."""
 

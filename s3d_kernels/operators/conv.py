@@ -206,7 +206,9 @@ def _conv3d_fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.set_materialize_grads(False)
 
 
-def _conv3d_fused_backward(ctx: Any, grad: Tensor, *of_statistics: None) -> tuple[Any, ...]:
+def _conv3d_fused_backward(ctx: Any, grad: Optional[Tensor], *of_statistics: None) -> tuple[Any, ...]:
+    if grad is None:  # nothing that follows has a gradient
+        return (None,) * (11 + _FUSED)
     return *_conv3d_backward(ctx, grad), *(None,) * _FUSED
 
 

@@ -273,7 +273,9 @@ def _normalize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.over, ctx.groups, ctx.synchronise, ctx.backend = rest
 
 
-def _normalize_backward(ctx: Any, grad: Tensor, *of_tables: None) -> tuple[Any, ...]:
+def _normalize_backward(ctx: Any, grad: Optional[Tensor], *of_tables: None) -> tuple[Any, ...]:
+    if grad is None:  # nothing that follows has a gradient
+        return (None,) * 16
     x, y, mean, rstd, scale, shift, count, index, voxels, sample_offsets = ctx.saved_tensors
     geometry = (index, voxels, sample_offsets, ctx.sizes)
     before, of_grad, of_product = norm_grad_sums(

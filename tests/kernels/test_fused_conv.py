@@ -447,6 +447,21 @@ def test_an_eager_activation_before_a_compiled_convolution() -> None:
     torch.testing.assert_close(got, last(first(features())).blocks)
 
 
+def test_no_gradient_comes_from_what_follows(backend: NativeBackend) -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    convolution = layer()[0]
+    Stop.apply(convolution(features()).blocks).sum().backward()
+    assert convolution.weight.grad is None
+
+
 # ---- operators
 
 

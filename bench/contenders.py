@@ -295,7 +295,7 @@ def _as_dense(network: nn.Module) -> nn.Module:
 
 
 class Sparse:
-    """The converted network on visible blocks, with one backend; densification and decoder with shortcuts or without."""
+    """The converted network on visible blocks, with one backend; the rest of a step with shortcuts or without."""
 
     def __init__(self, backend: str, *, shortcuts: bool = True) -> None:
         self.name = backend if shortcuts else f"{backend} plain decoder"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from flops import ALL, FlopCount
 from torch import Tensor, nn
 
 from s3d.model import PRESETS, S3D, build_unet
@@ -185,19 +186,17 @@ def work_of(layer: nn.Module, x: BlockSparseTensor, voxels_out: int, channels_ou
     """
     read, written = int(x.mask.visible_voxels().sum()) * x.shape[1], voxels_out * channels_out
     convolutions = [module for module in layer.modules() if isinstance(module, nn.Conv3d)]
-    flop = sum(2.0 * _pairs(c, x.mask) * c.in_channels * c.out_channels / c.groups for c in convolutions)
+    flop = sum(_flop(c, x.mask) for c in convolutions)
     return flop, float((read + written) * x.dtype.itemsize)
 
 
-def _pairs(layer: nn.Conv3d, mask: BlockMask) -> float:
-    """Pairs of visible voxels of a convolution's window."""
-    counter = to_sparse(nn.Conv3d(1, 1, layer.kernel_size, layer.stride, layer.padding, bias=False)).to(mask.device)
-    with torch.no_grad():
-        counter.weight.fill_(1.0)
-        ones = torch.ones(mask.num_blocks, *mask.block, 1, device=mask.device)
-        counted = counter(BlockSparseTensor(ones, mask))
-        blocks, voxels = counted.blocks.double(), counted.mask.voxels
-        return float((blocks if voxels is None else blocks[voxels]).sum())
+def _flop(layer: nn.Conv3d, mask: BlockMask) -> float:
+    """Of a convolution under a mask, forward."""
+    sparse = to_sparse(nn.Sequential(layer))
+    x = torch.empty(mask.num_blocks, *mask.block, layer.in_channels, dtype=layer.weight.dtype, device=mask.device)
+    with torch.no_grad(), FlopCount() as count:
+        sparse(BlockSparseTensor(x, mask))
+    return count.flops[ALL]
 
 
 def voxels_of(case: Case) -> tuple[int, int]:

@@ -295,15 +295,19 @@ def _as_dense(network: nn.Module) -> nn.Module:
 
 
 class Sparse:
-    """The converted network on visible blocks, with one backend."""
+    """The converted network on visible blocks, with one backend; the rest of a step with shortcuts or without."""
 
-    def __init__(self, backend: str) -> None:
-        self.name = backend
+    def __init__(self, backend: str, *, shortcuts: bool = True) -> None:
+        self.name = backend if shortcuts else f"{backend} plain decoder"
+        self.backend = backend
+        self.shortcuts = shortcuts
 
     def why_not(self, case: Case, device: str) -> str | None:
-        if self.name == "auto":
+        if not self.shortcuts and case.question != "step":
+            return "only a whole step has a decoder"
+        if self.backend == "auto":
             return None
-        reason = explain(BlocksProblem(device, case.torch_dtype, 1, (4, 4, 4), partial=False))[self.name]
+        reason = explain(BlocksProblem(device, case.torch_dtype, 1, (4, 4, 4), partial=False))[self.backend]
         return reason if isinstance(reason, str) else None
 
     def prepare(self, case: Case, network: nn.Module, x: Tensor, mask: BlockMask) -> Run:
@@ -313,16 +317,18 @@ class Sparse:
         renew = _renewal(mask)
 
         def encode() -> Tensor:
-            with use_backend(self.name), _autocast(case, x.device):
+            with use_backend(self.backend), _autocast(case, x.device):
                 return _loss([y.blocks for y in copied(BlockSparseTensor.from_dense(x, renew()))])
 
         def step() -> Tensor:
-            with use_backend(self.name), _autocast(case, x.device):
+            with use_backend(self.backend), _autocast(case, x.device):
                 new = renew()
-                return masked_mse(copied(x, new), x, new)
+                return masked_mse(copied(x, new, masked_only=True), x, new)
 
         if case.question == "encoder":
             return Run(encode, copied)
+        assert isinstance(copied, S3D)
+        copied.shortcuts = self.shortcuts
         return Run(step, copied, visible=lambda loss: loss[None])
 
     def _layer(self, layer: nn.Module, x: Tensor, mask: BlockMask) -> Run:
@@ -330,7 +336,7 @@ class Sparse:
             dense = x.clone(memory_format=torch.channels_last_3d).requires_grad_()
 
             def gather() -> Tensor:
-                with use_backend(self.name):
+                with use_backend(self.backend):
                     return BlockSparseTensor.from_dense(dense, mask).blocks
 
             return Run(gather, layer, dense, _visible_rows(mask), lambda y: _rows_of_dense(y, mask))
@@ -339,7 +345,7 @@ class Sparse:
         if isinstance(layer, Scatter):
 
             def scatter() -> Tensor:
-                with use_backend(self.name):
+                with use_backend(self.backend):
                     return features.to_dense(fill=layer.fill)
 
             return Run(scatter, layer, blocks, _as_it_is, _visible_rows(mask))
@@ -347,7 +353,7 @@ class Sparse:
         masks: list[BlockMask] = []  # of the result
 
         def forward() -> Tensor:
-            with use_backend(self.name):
+            with use_backend(self.backend):
                 y: BlockSparseTensor = layer(features)
                 masks[:] = [y.mask]
                 return y.blocks
@@ -402,6 +408,7 @@ _ALL: list[Contender] = [
     Dense("dense", torch.contiguous_format),
     Dense("dense channels-last", torch.channels_last_3d),
     *[Sparse(name) for name in REGISTRY],
+    Sparse("native", shortcuts=False),
     *[Peer(name) for name in PEERS],
 ]
 CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}

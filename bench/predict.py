@@ -1,7 +1,7 @@
 """Prints what one 3x3x3 convolution of each encoder stage should take on an H100: the table in docs/performance.md.
 
-Nothing here is measured on a GPU by this project. The work is counted (pairs of the mask; shares and bytes from
-`test_cuda --count`, see docs/performance.md), the rates were measured elsewhere:
+Nothing here is measured; what an H100 took is there too, and is several times as much. The work is counted (pairs of
+the mask; shares and bytes from `test_cuda --count`, see docs/performance.md), the rates were measured elsewhere:
 
 - tensor cores by mma.sync, 62.9 % of the peak of 989 TFLOP/s in bfloat16, and HBM: Luo et al., "Dissecting the NVIDIA
   Hopper architecture through microbenchmarking" (arXiv:2501.12084)
@@ -12,9 +12,8 @@ A kernel takes as long as the slowest of its three streams (tensor cores, L2, HB
 
 from __future__ import annotations
 
-import itertools
-
 import torch
+from flops import pairs_of_blocks
 
 from s3d_kernels import BlockMask
 
@@ -33,19 +32,6 @@ STAGES = [
 BATCH, CELLS, MASK_RATIO = 2, 5, 0.75
 
 
-def pairs(mask: BlockMask, side: int) -> float:
-    """Visible (output voxel, tap) pairs of a 3x3x3 window: of `side` voxels along an axis one leaves the block."""
-    present = (mask.tables.neighbours >= 0).sum(0).tolist()
-    total = 0.0
-    for tap in itertools.product((-1, 0, 1), repeat=3):
-        for neighbour in itertools.product((-1, 0, 1), repeat=3):
-            share = 1.0
-            for t, n in zip(tap, neighbour, strict=True):
-                share *= (1.0 if n == 0 else 0.0) if t == 0 else {0: side - 1, t: 1}.get(n, 0) / side
-            total += share * present[(neighbour[0] + 1) * 9 + (neighbour[1] + 1) * 3 + neighbour[2] + 1]
-    return total * side**3
-
-
 def main() -> None:
     mask = BlockMask.random(BATCH, CELLS, 1, MASK_RATIO, torch.Generator().manual_seed(0))
     print(
@@ -55,7 +41,8 @@ def main() -> None:
     sums = [0.0, 0.0]
     for stage, side, channels, useful, per_byte in STAGES:
         voxels = mask.num_blocks * side**3
-        flops = 2.0 * pairs(mask, side) * channels**2
+        table, ones = mask.tables.neighbours, (1, 1, 1)
+        flops = 2.0 * pairs_of_blocks(table, ones, (side,) * 3, (3, 3, 3), ones, ones) * channels**2
         weight = 27 * channels**2 * BYTES
         times = (
             flops / useful / MMA,

@@ -9,7 +9,7 @@ convolution's work, in the profile as on the machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -27,6 +27,12 @@ from s3d_kernels.fused_norm import DeferredNorm, PendingNorm
 from .model import S3D
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+# Methods of the model, and the range that each is to have.
+_PARTS: dict[str, Callable[..., str]] = {
+    "_fill": lambda stage, *_: f"mask_tokens.{stage}",
+    "_densify": lambda stage, *_: f"densify.{stage}",
+    "_decode": lambda *_: "decoder",
+}
 _STAGE = re.compile(r"(?:^|\.)(?:stages|densify|mask_tokens)\.(\d+)(?:\.|$)")
 
 
@@ -45,7 +51,7 @@ class Layer:
 
 @contextmanager
 def layer_ranges(model: nn.Module) -> Iterator[dict[str, Layer]]:
-    """Open a range around each call of each module, named by its path, and around the mask tokens of a stage.
+    """Open a range around each call of each module, named by its path, and around the parts of an S3D model.
 
     The model computes what it computes without, by the same operators. Afterwards no hook is left.
     Returns: the names that can occur (without "unet.", as in the checkpoint) and what they stand for.
@@ -62,12 +68,14 @@ def layer_ranges(model: nn.Module) -> Iterator[dict[str, Layer]]:
         if isinstance(model, S3D) and model.mask_tokens is not None:
             for stage in range(len(model.mask_tokens)):
                 layers[f"mask_tokens.{stage}"] = Layer(stage, "tokens")
-            _name_tokens(model)
+        if isinstance(model, S3D):
+            _name_parts(model)
         yield layers
     finally:
         for handle in handles:
             handle.remove()
-        model.__dict__.pop("_fill", None)
+        for part in _PARTS:
+            model.__dict__.pop(part, None)
 
 
 def _layer(name: str, module: nn.Module) -> Layer:
@@ -102,17 +110,21 @@ def _open_range(module: nn.Module, name: str) -> list[RemovableHandle]:
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
 
-def _name_tokens(model: S3D) -> None:
-    fill = model._fill
-
-    def named(stage: int, skip: BlockSparseTensor) -> Tensor:
-        with record_function(f"mask_tokens.{stage}"):
-            return fill(stage, skip)
-
-    model.__dict__["_fill"] = named
+def _name_parts(model: S3D) -> None:
+    """Also of what the model computes with parameters of its modules, but without calling them."""
+    for part, name in _PARTS.items():
+        model.__dict__[part] = _named(getattr(model, part), name)
 
 
-@dataclass(frozen=True)
+def _named(method: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with record_function(name(*arguments)):
+            return method(*arguments)
+
+    return call
+
+
+@dataclass(eq=False)
 class _NamedNorm(PendingNorm):
     """A normalisation that waits, and the name of its layer."""
 

@@ -15,7 +15,21 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s3d_kernels import BlockMask, BlockSparseTensor, computes_natively, sparse_instance_norm, to_sparse
+from s3d_kernels import (
+    Background,
+    BlockMask,
+    BlockSparseTensor,
+    FilledTensor,
+    SparseConv3d,
+    computes_natively,
+    sparse_instance_norm,
+    to_sparse,
+)
+
+from .decoder import decode, dense_features, whole_blocks, whole_mask
+
+# What grows beyond visible voxels grows by whole cells of this side (docs/performance.md).
+TILE = 2
 
 
 @dataclass(frozen=True)
@@ -139,12 +153,20 @@ class S3D(nn.Module):
         sparse: sparse convolution and normalisation in the encoder.
         mask_tokens: per stage, instance norm (no affine) of the visible features and a learned vector elsewhere.
         densify: a 3x3x3 convolution with bias on the filled features of every stage but the first.
+        shortcuts: leave out of densification and decoder what is known beforehand. The result is the same up to
+            rounding. It needs ``sparse``, without which it has no meaning, and is not for compiled graphs.
     Raises:
         ValueError: a switch without the one it builds on.
     """
 
     def __init__(
-        self, unet: ResidualEncoderUNet, *, sparse: bool = True, mask_tokens: bool = True, densify: bool = True
+        self,
+        unet: ResidualEncoderUNet,
+        *,
+        sparse: bool = True,
+        mask_tokens: bool = True,
+        densify: bool = True,
+        shortcuts: bool = True,
     ) -> None:
         super().__init__()
         if (mask_tokens and not sparse) or (densify and not mask_tokens):
@@ -154,6 +176,8 @@ class S3D(nn.Module):
             )
         self.unet = unet
         self.sparse = sparse
+        self.shortcuts = shortcuts
+        self.checkpointed = False
         features: Sequence[int] = unet.encoder.output_channels
         if sparse:
             to_sparse(unet)
@@ -171,9 +195,13 @@ class S3D(nn.Module):
         self,
         x: Tensor,  # [N, C, D, H, W], z-scored
         mask: BlockMask,  # of the same batch and volume
+        *,
+        masked_only: bool = False,
     ) -> Tensor:
         """Reconstruct the volume from its visible voxels; nothing of a masked voxel is read.
 
+        Args:
+            masked_only: the reconstruction is wanted at masked voxels; at others it may be zero.
         Returns: [N, C, D, H, W].
         """
         visible = BlockSparseTensor.from_dense(x, mask)
@@ -181,43 +209,51 @@ class S3D(nn.Module):
             reconstruction: Tensor = self.unet(visible.to_dense())
             return reconstruction
         features = self.unet.encoder(visible)
+        kernels = _kernels_are_faster(x)
         skips = [self._fill(stage, skip) for stage, skip in enumerate(features)]
-        if not _kernels_are_faster(x):
-            if self.densify is not None:
-                skips = [densify(skip) for densify, skip in zip(self.densify, skips, strict=True)]
-            return self.unet.decoder(skips)
-        blocks = _as_blocks(skips)
-        if self.densify is not None:
-            blocks = [densify(skip) for densify, skip in zip(self.densify, blocks, strict=True)]
-        return self.unet.decoder(blocks).blocks.permute(0, 4, 1, 2, 3)
+        skips = [self._densify(stage, skip, kernels) for stage, skip in enumerate(skips)]
+        return self._decode(skips, kernels, mask.complement() if masked_only and mask.voxels is None else None)
 
     def checkpoint_activations(self) -> None:
         """From now on keep only what goes into each stage of encoder and decoder; backward computes the rest again."""
+        self.checkpointed = True
         for stage in (*self.unet.encoder.stages, *self.unet.decoder.stages):
             stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False)
 
-    def _fill(self, stage: int, skip: BlockSparseTensor) -> Tensor:
-        """Dense features of a stage [N, C, d, h, w] from its visible ones."""
-        if self.mask_tokens is None:
-            return skip.to_dense()
-        return sparse_instance_norm(skip).to_dense(fill=self.mask_tokens[stage])
+    def _fill(self, stage: int, skip: BlockSparseTensor) -> FilledTensor | Tensor:
+        """Features of a stage at all voxels, from the visible ones.
+
+        As a background and a correction where this saves work: not for blocks that are hardly larger than their shell.
+        """
+        token = None if self.mask_tokens is None else self.mask_tokens[stage]
+        known = self.shortcuts and skip.mask.voxels is None and min(skip.mask.block) >= 2 * TILE
+        if known and not torch.compiler.is_compiling():
+            vector = skip.blocks.new_zeros(skip.shape[1]) if token is None else token
+            correction = skip if token is None else sparse_instance_norm(skip, bias=-token)
+            return FilledTensor(correction.split(TILE), Background.constant(vector, skip.mask.shape))
+        return skip.to_dense() if token is None else sparse_instance_norm(skip).to_dense(fill=token)
+
+    def _densify(self, stage: int, skip: FilledTensor | Tensor, kernels: bool) -> FilledTensor | Tensor:
+        """Filled features of a stage after its convolution; `kernels`: of dense ones by our kernels, not torch's."""
+        layer = nn.Identity() if self.densify is None else self.densify[stage]
+        if not isinstance(layer, SparseConv3d):
+            return skip
+        if isinstance(skip, FilledTensor):
+            return skip.conv3d(layer.weight, layer.bias)
+        y: Tensor = dense_features(layer(whole_blocks(skip, whole_mask(skip)))) if kernels else layer(skip)
+        return y
+
+    def _decode(self, skips: list[FilledTensor | Tensor], kernels: bool, wanted: BlockMask | None) -> Tensor:
+        """The reconstruction [N, C, D, H, W]; where it is not `wanted` (default: everywhere) it may be zero."""
+        if not kernels and not any(isinstance(skip, FilledTensor) for skip in skips):
+            reconstruction: Tensor = self.unet.decoder(skips)
+            return reconstruction
+        return decode(self.unet.decoder, skips, kernels=kernels, wanted=wanted, checkpointed=self.checkpointed)
 
 
 def _kernels_are_faster(x: Tensor) -> bool:
     """Whether our kernels compute a dense convolution faster than torch: the native ones on a CPU do."""
     return x.device.type == "cpu" and computes_natively(x) and not torch.compiler.is_compiling()
-
-
-def _as_blocks(skips: list[Tensor]) -> list[BlockSparseTensor]:
-    """Dense features as one visible block a sample, without a copy, under masks of one family."""
-    everything = torch.ones(len(skips[-1]), 1, 1, 1, dtype=torch.bool, device=skips[-1].device)
-    mask = BlockMask.from_grid(everything, tuple(skips[-1].shape[2:]))
-    blocks: list[BlockSparseTensor] = []
-    for finer, skip in zip([*skips[-2::-1], None], skips[::-1], strict=True):
-        blocks.append(BlockSparseTensor(skip.permute(0, 2, 3, 4, 1).contiguous(), mask))
-        if finer is not None:
-            mask = mask.upsample([a // b for a, b in zip(finer.shape[2:], skip.shape[2:], strict=True)])
-    return blocks[::-1]
 
 
 def _mask_token(channels: int) -> Tensor:

@@ -49,6 +49,8 @@ class PretrainConfig(RunSettings):
     """Steps in which the learning rate grows linearly from nearly 0."""
     checkpoint_activations: bool = False
     """Compute the activations inside each stage again in backward, instead of keeping them: less memory, more time."""
+    shortcuts: bool = True
+    """Leave out of densification and decoder what is known beforehand; False computes all of it, to the same result."""
 
     spacing_mm: float = 1.0
     """Voxel size that `images` are resampled to."""
@@ -65,7 +67,7 @@ class PretrainConfig(RunSettings):
     """Backend of s3d_kernels."""
     resumable_fields: ClassVar[frozenset[str]] = RunSettings.resumable_fields | {
         # The volumes are compared one by one, wherever they come from.
-        *("volumes", "images", "skip_bad", "machine", "checkpoint_activations"),
+        *("volumes", "images", "skip_bad", "machine", "checkpoint_activations", "shortcuts"),
     }
 
     def __post_init__(self) -> None:

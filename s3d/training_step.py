@@ -26,7 +26,11 @@ def build_training(config: PretrainConfig, device: torch.device) -> Training[S3D
     """The untrained model, its weights drawn from the seed, and its optimiser."""
     torch.manual_seed(config.seed)
     model = S3D(
-        build_unet(config.preset), sparse=config.sparse, mask_tokens=config.mask_tokens, densify=config.densify
+        build_unet(config.preset),
+        sparse=config.sparse,
+        mask_tokens=config.mask_tokens,
+        densify=config.densify,
+        shortcuts=config.shortcuts,
     ).to(device)
     # Heads of lower resolutions belong to the network and its checkpoint, but without deep supervision none is used.
     model.unet.decoder.seg_layers[:-1].requires_grad_(False)
@@ -71,7 +75,7 @@ class TrainingStep(OptimizerStep[PretrainConfig, S3D]):
             x, mask = part["image"], mask.to(self.processes.device)
             with autocast(self.config.precision, self.processes.device):
                 with self.phase("forward"):
-                    reconstruction = self.network(x, mask)
+                    reconstruction = self.network(x, mask, masked_only=True)
                 with self.phase("loss"):
                     return masked_mse(reconstruction, x, mask, part.get("valid"), count * x.shape[1])
 

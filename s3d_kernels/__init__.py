@@ -2,9 +2,11 @@
 
 from ._version import __version__
 from .backends import REGISTRY, computes_natively, explain, load_measurements, tuning, use_backend
+from .background import Background
 from .block_mask import BlockMask
 from .block_sparse import BlockSparseTensor
 from .convert import to_sparse
+from .filled import FilledTensor
 from .functional import (
     sparse_batch_norm,
     sparse_conv3d,
@@ -13,6 +15,8 @@ from .functional import (
     sparse_instance_norm,
     sparse_pool3d,
 )
+from .fused_upconv import fused_upconv3d, phase_weights
+from .masked_head import masked_head
 from .modules import (
     SparseAvgPool3d,
     SparseBatchNorm3d,
@@ -25,8 +29,10 @@ from .modules import (
 
 __all__ = [
     "REGISTRY",
+    "Background",
     "BlockMask",
     "BlockSparseTensor",
+    "FilledTensor",
     "SparseAvgPool3d",
     "SparseBatchNorm3d",
     "SparseConv3d",
@@ -37,7 +43,10 @@ __all__ = [
     "__version__",
     "computes_natively",
     "explain",
+    "fused_upconv3d",
     "load_measurements",
+    "masked_head",
+    "phase_weights",
     "sparse_batch_norm",
     "sparse_conv3d",
     "sparse_conv_transpose3d",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .backends.interface import WindowGeometry
 
 Triple = tuple[int, int, int]
 
@@ -19,6 +21,10 @@ def triple(value: int | Sequence[int], name: str, minimum: int = 1) -> Triple:
     Raises:
         ValueError: not an integer or three integers of at least ``minimum``; names the argument.
     """
+    if type(value) is tuple and len(value) == 3:  # what layers have, and call for each of their inputs
+        first, second, third = value
+        if type(first) is type(second) is type(third) is int and min(value) >= minimum:
+            return first, second, third
     try:
         # operator.index takes every integer type, numpy's too, and nothing else.
         values = (
@@ -66,12 +72,9 @@ def neighbour_table(
     """
     rz, ry, rx = radius
     padded = torch.nn.functional.pad(rows, (rx, rx, ry, ry, rz, rz), value=-1)
+    windows = padded.unfold(1, 2 * rz + 1, 1).unfold(2, 2 * ry + 1, 1).unfold(3, 2 * rx + 1, 1)
     n, z, y, x = index.long().unbind(1)
-    columns = [
-        padded[n, z + dz, y + dy, x + dx]
-        for dz, dy, dx in itertools.product(range(2 * rz + 1), range(2 * ry + 1), range(2 * rx + 1))
-    ]
-    return torch.stack(columns, dim=1)
+    return windows[n, z, y, x].flatten(1).contiguous()
 
 
 class BlockMask:
@@ -95,7 +98,8 @@ class BlockMask:
         self.voxels = voxels
         self._merged: dict[Triple, tuple[BlockMask, Tensor]] = {}
         self._downsampled: dict[Triple, BlockMask] = {}
-        self._counts: dict[torch.dtype, Tensor] = {}
+        self._counts: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.windows: dict[Any, WindowGeometry] = {}  # of functional, which knows when one of them fits
 
     # ---- constructors
 
@@ -213,11 +217,15 @@ class BlockMask:
     def device(self) -> torch.device:
         return self.tables.grid.device
 
-    def neighbours(self, radius: Triple = (1, 1, 1)) -> Tensor:
-        """[V, T] int32 row of each neighbour within ``radius`` blocks, see :func:`neighbour_table`."""
-        if radius == (1, 1, 1):
+    def neighbours(self, radius: Triple = (1, 1, 1), of: BlockMask | None = None) -> Tensor:
+        """[V', T] int32 row of each neighbour within ``radius`` blocks of the blocks of a mask on the same grid.
+
+        See :func:`neighbour_table`; default is this mask itself.
+        """
+        index = self.tables.index if of is None else of.tables.index
+        if radius == (1, 1, 1) and index is self.tables.index:
             return self.tables.neighbours
-        return neighbour_table(self.tables.index, self.tables.rows, radius)
+        return neighbour_table(index, self.tables.rows, radius)
 
     def visible_voxels(self) -> Tensor:
         """[N] int64: visible voxels of each sample."""
@@ -226,13 +234,17 @@ class BlockMask:
         per_block = self.voxels.flatten(1).sum(1)
         return per_block.new_zeros(self.batch).index_add_(0, self.index[:, 0], per_block)
 
-    def voxel_counts(self, dtype: torch.dtype) -> Tensor:
-        """[N, 1], not to be modified: visible voxels of each sample, as every norm under this mask wants them."""
+    def voxel_counts(self, dtype: torch.dtype, least: int = 0) -> Tensor:
+        """[N, 1], not to be modified: visible voxels of each sample, as every norm under this mask wants them.
+
+        Args: least: put in place of less, 1 for a divisor.
+        """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # where a tensor is of no use to others
-            return self.visible_voxels()[:, None].to(dtype)
-        if dtype not in self._counts:
-            self._counts[dtype] = self.visible_voxels()[:, None].to(dtype)
-        return self._counts[dtype]
+            return self.visible_voxels()[:, None].clamp(min=least).to(dtype)
+        if (dtype, least) not in self._counts:
+            counts = self.voxel_counts(dtype).clamp(min=least) if least else self.visible_voxels()[:, None].to(dtype)
+            self._counts[dtype, least] = counts
+        return self._counts[dtype, least]
 
     def same_layout(self, other: BlockMask) -> bool:
         """Whether two masks are one: same stored blocks, resolution and visible voxels (same objects)."""
@@ -308,6 +320,44 @@ class BlockMask:
         merged = BlockMask(tables, block, self.shape, None if bool(voxels.all()) else voxels)
         self._merged[factors] = (merged, parts)
         return merged, parts
+
+    def split(self, block: int | Sequence[int]) -> BlockMask:
+        """Mask of the same voxels in smaller blocks, with tables of its own.
+
+        Raises:
+            ValueError: ``block`` does not divide the present block along every axis.
+        """
+        sides = triple(block, "block")
+        if any(b % s for b, s in zip(self.block, sides, strict=True)):
+            raise ValueError(f"block must divide the present block {self.block}, got {block!r}")
+        if sides == self.block:
+            return self
+        if self.voxels is not None:
+            return BlockMask.from_voxels(self.to_dense(), sides)
+        grid = self.tables.grid
+        for axis, (b, s) in enumerate(zip(self.block, sides, strict=True), start=1):
+            grid = grid.repeat_interleave(b // s, dim=axis)
+        return BlockMask(BlockTables(grid), sides, self.shape, None)
+
+    def grow(self, blocks: int | Sequence[int]) -> BlockMask:
+        """Mask of all stored blocks, as a whole, and of those at most ``blocks`` away from one along each axis.
+
+        Raises:
+            ValueError: blocks at the far faces reach beyond the volume, so that no mask without voxels can hold them.
+        """
+        steps = triple(blocks, "blocks", minimum=0)
+        if any(e % b for e, b in zip(self.shape, self.block, strict=True)):
+            raise ValueError(f"the volume {self.shape} must be made of whole blocks {self.block} to let a mask grow")
+        near = torch.nn.functional.max_pool3d(
+            self.tables.grid.float(), [2 * n + 1 for n in steps], stride=1, padding=list(steps)
+        )
+        return BlockMask(BlockTables(near > 0), self.block, self.shape, None)
+
+    def complement(self) -> BlockMask:
+        """Mask of the voxels that are not visible, in blocks of the same shape; its tables are its own."""
+        if self.voxels is None:
+            return BlockMask(BlockTables(~self.tables.grid), self.block, self.shape, None)
+        return BlockMask.from_voxels(~self.to_dense(), self.block)
 
     def to_dense(self) -> Tensor:
         """[N, 1, D, H, W] bool, True at visible voxels."""

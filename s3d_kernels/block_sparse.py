@@ -32,13 +32,14 @@ class BlockSparseTensor:
     """
 
     def __init__(self, blocks: Tensor, mask: BlockMask) -> None:
-        if blocks.dim() != 5 or tuple(blocks.shape[1:4]) != mask.block:
-            raise ValueError(f"blocks must be [V, {', '.join(map(str, mask.block))}, C], got {tuple(blocks.shape)}")
+        shape = blocks.shape
+        if len(shape) != 5 or tuple(shape[1:4]) != mask.block:
+            raise ValueError(f"blocks must be [V, {', '.join(map(str, mask.block))}, C], got {tuple(shape)}")
         # Not in a compiled graph, where it would be one more guard on the number of blocks.
-        if not torch.compiler.is_compiling() and (len(blocks) != mask.num_blocks or blocks.device != mask.device):
+        if not torch.compiler.is_compiling() and (shape[0] != mask.num_blocks or blocks.device != mask.device):
             raise ValueError(
                 f"blocks must have the {mask.num_blocks} rows of mask and lie on {mask.device}, "
-                f"got {len(blocks)} rows on {blocks.device}"
+                f"got {shape[0]} rows on {blocks.device}"
             )
         self._blocks: Tensor | None = blocks
         self._pending: PendingNorm | None = None
@@ -85,23 +86,15 @@ class BlockSparseTensor:
         unchanged = self.blocks._version == self._recipe_version and self._recipe.holds
         return self._recipe if unchanged else None
 
-    def with_recipe(self, recipe: Recipe | None) -> BlockSparseTensor:
-        """The same features, and how backward gets them."""
-        x = self.with_blocks(self.blocks)
-        x._remember(recipe)
-        return x
-
-    def _remember(self, recipe: Recipe | None) -> None:
+    def remember(self, recipe: Recipe | None) -> None:
+        """How backward gets the features as they are now."""
         self._recipe = recipe
         if recipe is not None:
             self._recipe_version = self.blocks._version
 
-    def with_statistics(self, mean: Tensor, squares: Tensor, backend: str) -> BlockSparseTensor:
-        """The same features, of which a backend knows the statistics [N, C] already, see :meth:`statistics`."""
-        x = self.with_blocks(self.blocks)
-        x._remember(self.recipe)
-        x._statistics = (mean, squares, x.blocks._version, backend)
-        return x
+    def remember_statistics(self, mean: Tensor, squares: Tensor, backend: str) -> None:
+        """Statistics [N, C] of the features as they are now, from a backend, see :meth:`statistics`."""
+        self._statistics = (mean, squares, self.blocks._version, backend)
 
     def statistics(self, backend: str) -> tuple[Tensor, Tensor] | None:
         """Mean and squared deviations [N, C] that a backend found when it computed the features, if they still are so.
@@ -155,7 +148,7 @@ class BlockSparseTensor:
             assert self._pending is not None
             self._blocks, recipe = self._pending.compute(slope)
         self._pending, self._deferred, self._operands = None, None, ()
-        self._remember(recipe)
+        self.remember(recipe)
 
     def _before_modification(self) -> None:
         """Let results that wait for these features read them, and leave what backward keeps alone."""
@@ -269,6 +262,18 @@ class BlockSparseTensor:
         bricks = torch.where((parts.flatten() >= 0)[:, None, None, None, None], bricks, 0)
         bricks = bricks.view(*parts.shape, *self.mask.block, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
         return BlockSparseTensor(bricks.reshape(merged.num_blocks, *merged.block, channels), merged)
+
+    def split(self, block: int | Sequence[int]) -> BlockSparseTensor:
+        """The same features in smaller blocks, see ``BlockMask.split``."""
+        fine = self.mask.split(block)
+        if fine is self.mask:
+            return self
+        factors = [b // s for b, s in zip(self.mask.block, fine.block, strict=True)]
+        sample, *cell = fine.index.long().unbind(1)
+        coarse, inside = zip(*(((at // f), at % f) for at, f in zip(cell, factors, strict=True)), strict=True)
+        place = (sample, *coarse)
+        rows = self.mask.tables.rows[place].long()
+        return BlockSparseTensor(_Split.apply(self.blocks, fine.block, rows, *inside), fine)
 
     def __repr__(self) -> str:
         return f"BlockSparseTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {self.mask})"
@@ -386,6 +391,31 @@ _METHODS: dict[str, Callable[..., Any]] = {
     for name in _FUNCTION_NAMES
     if hasattr(torch, name) and hasattr(Tensor, name) and not name.endswith("_like")
 }
+
+
+class _Split(torch.autograd.Function):
+    """Parts of blocks [V, bd, bh, bw, C] as rows of their own [V', sd, sh, sw, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, part: tuple[int, int, int], *places: Tensor) -> Tensor:
+        ctx.shape, ctx.part = blocks.shape, part
+        ctx.save_for_backward(*places)
+        return parts_of(blocks, part)[places]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # Parts without a visible voxel have no row.
+        grad_blocks = grad.new_zeros(ctx.shape)
+        parts_of(grad_blocks, ctx.part)[ctx.saved_tensors] = grad
+        return grad_blocks, *(None,) * (1 + len(ctx.saved_tensors))
+
+
+def parts_of(volumes: Tensor, part: tuple[int, int, int]) -> Tensor:
+    """A view of volumes [N, D, H, W, C] as [N, Gd, Gh, Gw, *part, C]."""
+    n, d, h, w, channels = volumes.shape
+    pd, ph, pw = part
+    cut = volumes.view(n, d // pd, pd, h // ph, ph, w // pw, pw, channels)
+    return cut.permute(0, 1, 3, 5, 2, 4, 6, 7)
 
 
 def _block_arguments(mask: BlockMask) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:

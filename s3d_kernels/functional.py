@@ -27,6 +27,7 @@ def sparse_conv3d(
     padding: int | str | Sequence[int] = 0,
     groups: int = 1,
     backend: str | None = None,
+    target: BlockMask | None = None,
 ) -> BlockSparseTensor:
     """3D convolution over visible voxels: masked voxels count as zeros, output exists at visible voxels only.
 
@@ -38,9 +39,11 @@ def sparse_conv3d(
         padding: per axis, such that the output is the input divided by the stride: k - s <= 2 p < k; or "same".
         groups: blocks of channels that do not see each other.
         backend: name of a backend; default is the current one, see ``use_backend``.
-    Returns: features under ``x.mask.downsample(stride)``, [N, C_out, D / sd, H / sh, W / sw].
+        target: where else output is wanted: a mask on the same grid of blocks, such as ``x.mask.grow(1)``; default is
+            ``x.mask.downsample(stride)``.
+    Returns: features under ``target``, [N, C_out, D / sd, H / sh, W / sw].
     Raises:
-        ValueError: channels, padding or volume do not fit; an unknown backend or one that cannot do this.
+        ValueError: channels, padding, volume or target do not fit; an unknown backend or one that cannot do this.
     Source: sparse convolution of Tian et al., SparK (ICLR 2023), section 3.2; 3D: Wald et al. (CVPR 2025), section 3.
     """
     if weight.dim() != 5 or x.shape[1] != weight.shape[1] * groups:
@@ -48,20 +51,25 @@ def sparse_conv3d(
             f"weight must be [C_out, C_in / groups, kd, kh, kw] for C_in={x.shape[1]} and groups={groups}, "
             f"got {tuple(weight.shape)}"
         )
-    if groups < 1 or len(weight) % groups:
-        raise ValueError(f"groups must divide the {len(weight)} output channels, got {groups}")
-    _check_vector("bias", bias, len(weight))
+    out_channels = weight.shape[0]
+    if groups < 1 or out_channels % groups:
+        raise ValueError(f"groups must divide the {out_channels} output channels, got {groups}")
+    check_vector("bias", bias, out_channels)
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     steps = triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
-    target = x.mask.downsample(steps)
-    geometry = _window_geometry(source.mask, target, kernel_size, steps, conv_padding(kernel_size, steps, padding))
-    if padding != "same":
-        _check_volume(geometry)
-    dtype, weight, bias = _autocast(source, weight, bias)
+    visible = x.mask.downsample(steps)
+    if target is None:
+        target = visible
+    elif (target.block, target.tables.grid.shape) != (visible.block, visible.tables.grid.shape):
+        raise ValueError(f"target must lie on the grid of blocks of {visible}, got {target}")
+    sizes = conv_padding(kernel_size, steps, padding)
+    geometry = _window_geometry(source.mask, target, kernel_size, steps, sizes, whole=padding != "same")
+    dtype, weight, bias = in_autocast_dtype(source, weight, bias)
     name = backend or current_backend()
     arguments = (*_arguments(geometry), groups, name)
-    if source.may_fuse() and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None:
+    may_fuse = target is source.mask and source.may_fuse()
+    if may_fuse and fusing(name, conv_problem(weight, groups, geometry, weight)) is not None:
         return _conv3d_fused(source, weight, bias, arguments, dtype)
     blocks = source.blocks.to(dtype)
     y = BlockSparseTensor(operators.conv3d(blocks, weight, bias, *arguments), target)
@@ -70,7 +78,8 @@ def sparse_conv3d(
     recipe = (source.recipe if blocks is source.blocks else None) or Kept(blocks)
     if not isinstance(recipe, Kept):
         compute_instead(y.blocks, SAVED_X, recipe.features)
-    return y.with_recipe(ConvRecipe.of(recipe, weight, bias, arguments))
+    y.remember(ConvRecipe.of(recipe, weight, bias, arguments))
+    return y
 
 
 def _conv3d_fused(
@@ -101,8 +110,9 @@ def _conv3d_fused(
     if blocks.grad_fn is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         if not isinstance(recipe, Kept):
             compute_instead(blocks, SAVED_X, recipe.features)
-        y = y.with_recipe(ConvRecipe.of(recipe, weight, bias, arguments))
-    return y.with_statistics(mean, squares, arguments[-1])
+        y.remember(ConvRecipe.of(recipe, weight, bias, arguments))
+    y.remember_statistics(mean, squares, arguments[-1])
+    return y
 
 
 def sparse_conv_transpose3d(
@@ -131,12 +141,12 @@ def sparse_conv_transpose3d(
         )
     if groups < 1 or len(weight) % groups:
         raise ValueError(f"groups must divide the {len(weight)} input channels, got {groups}")
-    _check_vector("bias", bias, weight.shape[1] * groups)
+    check_vector("bias", bias, weight.shape[1] * groups)
     kernel_size: Triple = tuple(weight.shape[2:])  # type: ignore[assignment]
     fine = x.mask.upsample(kernel_size)
     # It is the gradient of the convolution fine -> coarse with respect to its input.
     geometry = _window_geometry(fine, x.mask, kernel_size, kernel_size, (0, 0, 0))
-    dtype, weight, bias = _autocast(x, weight, bias)
+    dtype, weight, bias = in_autocast_dtype(x, weight, bias)
     blocks = x.blocks.to(dtype)
     y = operators.conv3d_grad_input(blocks, weight, *_arguments(geometry), groups, backend or current_backend())
     result = BlockSparseTensor(y, fine)
@@ -175,8 +185,8 @@ def sparse_pool3d(
     steps = window if stride is None else triple(stride, "stride")
     source = x.merge(x.mask.merge_factors(steps))
     target = x.mask.downsample(steps)
-    geometry = _window_geometry(source.mask, target, window, steps, conv_padding(window, steps, padding))
-    _check_volume(geometry)
+    sizes = conv_padding(window, steps, padding)
+    geometry = _window_geometry(source.mask, target, window, steps, sizes, whole=True)
     if divisor is None:
         divisor = math.prod(window) if count_include_pad or not any(geometry.padding) else 0
     arguments = (*_arguments(geometry), kind, divisor, backend or current_backend())
@@ -221,8 +231,13 @@ def sparse_group_norm(
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     mean, squares, count = channel_statistics(x, backend)
-    mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "sample", num_groups, False)
-    return _normalize(x, weight, bias, mean, variance, eps, count, "sample", num_groups, False, backend)
+    if num_groups == channels:
+        count = x.mask.voxel_counts(mean.dtype, least=1)
+        rstd = (squares / count).add_(eps).rsqrt_()
+    else:
+        mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "sample", num_groups, False)
+        count, rstd = count.clamp(min=1), (variance + eps).rsqrt()
+    return _normalize(x, weight, bias, mean, rstd, count, "sample", num_groups, False, backend)
 
 
 def sparse_batch_norm(
@@ -257,8 +272,8 @@ def sparse_batch_norm(
         dtype = _statistics_dtype(x)
         # A copy: the running statistics may change before the result is asked for.
         mean = running_mean.to(dtype).repeat(x.mask.batch, 1)
-        variance = running_var.to(dtype).expand(x.mask.batch, channels)
-        return _normalize(x, weight, bias, mean, variance, eps, torch.ones_like(mean), "nothing", 1, False, backend)
+        rstd = (running_var.to(dtype) + eps).rsqrt().repeat(x.mask.batch, 1)
+        return _normalize(x, weight, bias, mean, rstd, torch.ones_like(mean), "nothing", 1, False, backend)
     mean, squares, count = channel_statistics(x, backend)
     mean, variance, count = _merge_statistics(mean, squares, count.expand_as(mean), "batch", channels, synchronise)
     if running_mean is not None and running_var is not None:
@@ -268,10 +283,8 @@ def sparse_batch_norm(
             share = torch.where(count > 0, momentum, 0.0)
             running_mean += (share * (mean - running_mean))[0].to(running_mean.dtype)
             running_var += (share * (unbiased - running_var))[0].to(running_var.dtype)
-    rows = (x.mask.batch, channels)
-    return _normalize(
-        x, weight, bias, mean.expand(rows), variance.expand(rows), eps, count, "batch", channels, synchronise, backend
-    )
+    mean, rstd = (table.expand(x.mask.batch, channels).contiguous() for table in (mean, (variance + eps).rsqrt()))
+    return _normalize(x, weight, bias, mean, rstd, count.clamp(min=1), "batch", channels, synchronise, backend)
 
 
 def channel_statistics(x: BlockSparseTensor, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,8 +314,6 @@ def _merge_statistics(
 
     Chan et al. (1979): the squared deviations of the parts plus those of their means.
     """
-    if over == "sample" and groups == mean.shape[1]:
-        return mean, squares / count.clamp(min=1), count
     total = operators.norm.sum_shared(count, over, groups, synchronise)
     shared = operators.norm.sum_shared(count / total.clamp(min=1) * mean, over, groups, synchronise)
     squares = squares + count * (mean - shared).square()
@@ -314,22 +325,21 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,  # [N, C]
-    variance: Tensor,  # [N, C]
-    eps: float,
-    count: Tensor,  # [N, C] or [1, C]
+    rstd: Tensor,  # [N, C]
+    count: Tensor,  # at least 1, [N, C], [N, 1] or [1, C]
     over: Literal["sample", "batch", "nothing"],
     groups: int,
     synchronise: bool,
     backend: str | None,
 ) -> BlockSparseTensor:
     for name, vector in (("weight", weight), ("bias", bias)):
-        _check_vector(name, vector, x.blocks.shape[-1])
+        check_vector(name, vector, x.blocks.shape[-1])
     norm = PendingNorm(
         x.blocks,
         weight,
         bias,
-        mean.contiguous(),
-        (variance + eps).rsqrt().contiguous(),
+        mean,
+        rstd,
         count,
         block_geometry(x.mask),
         (over, groups, synchronise, backend or current_backend()),
@@ -340,7 +350,15 @@ def _normalize(
     return BlockSparseTensor.of_norm(norm.waiting(), x.mask, x)
 
 
-def _check_vector(name: str, vector: Tensor | None, channels: int) -> None:
+def autocast_dtype(x: Tensor | BlockSparseTensor) -> torch.dtype | None:
+    """In what to compute with x where torch.autocast is on, as torch's own convolution does; otherwise None."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def check_vector(name: str, vector: Tensor | None, channels: int) -> None:
+    """Raise ValueError, with the name of the argument, unless it is [channels] or None."""
     if vector is not None and vector.shape != (channels,):
         raise ValueError(f"{name} must be a vector of {channels} channels, got shape {tuple(vector.shape)}")
 
@@ -374,17 +392,30 @@ def conv_padding(kernel_size: Triple, stride: Triple, padding: int | str | Seque
 
 
 def _window_geometry(
-    source: BlockMask, target: BlockMask, kernel_size: Triple, stride: Triple, padding: Triple
+    source: BlockMask, target: BlockMask, kernel_size: Triple, stride: Triple, padding: Triple, whole: bool = False
 ) -> WindowGeometry:
+    """The windows between the blocks of two masks; kept with ``source``, for all layers that are alike.
+
+    Args: whole: refuse volumes with an incomplete last window, see :func:`_check_volume`.
+    """
+    key = (kernel_size, stride, padding, whole)
+    known = source.windows.get(key)
+    if (
+        known is not None
+        and known.target_index is target.index
+        and known.target_voxels is target.voxels
+        and known.target_block == target.block
+    ):
+        return known
     sizes = zip(kernel_size, stride, padding, source.block, strict=True)
     # Blocks that a window reaches beyond its own: usually one on each side, more for large kernels on tiny blocks.
     radius: Triple = tuple(max(1, -(-max(p, k - s - p) // b)) for k, s, p, b in sizes)  # type: ignore[assignment]
-    return WindowGeometry(
+    geometry = WindowGeometry(
         source_index=source.index,
         source_voxels=source.voxels,
         target_index=target.index,
         target_voxels=target.voxels,
-        table=source.neighbours(radius),
+        table=source.neighbours(radius, target),
         radius=radius,
         batch=source.batch,
         shape=source.shape,
@@ -393,6 +424,11 @@ def _window_geometry(
         stride=stride,
         padding=padding,
     )
+    if whole:
+        _check_volume(geometry)
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():  # where tensors are for others too
+        source.windows[key] = geometry
+    return geometry
 
 
 def _check_volume(geometry: WindowGeometry) -> None:
@@ -412,10 +448,16 @@ def _arguments(geometry: WindowGeometry) -> tuple[Tensor, Tensor | None, Tensor,
     return g.source_index, g.source_voxels, g.target_index, g.target_voxels, g.table, g.sizes()
 
 
-def _autocast(x: BlockSparseTensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, Tensor, Tensor | None]:
-    """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+def in_autocast_dtype(
+    x: BlockSparseTensor, weight: Tensor, bias: Tensor | None
+) -> tuple[torch.dtype, Tensor, Tensor | None]:
+    """The dtype of torch.autocast where that is on, as for torch's own convolution, and the parameters in it.
+
+    Raises:
+        ValueError: outside autocast, x and weight differ in dtype.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         return dtype, weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must have the same dtype outside autocast, got {x.dtype} and {weight.dtype}")

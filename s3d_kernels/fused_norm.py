@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import operators
 from .backends import BlockGeometry, ConvProblem, fusing
-from .operators.norm import SAVED_X, SAVED_Y, affine_tables
+from .operators.norm import SAVED_X, SAVED_Y
 from .recompute import MAX_STEPS, Kept, NormRecipe, Recipe, compute_instead
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PendingNorm:
     """A normalisation whose statistics are known and whose result is not computed yet.
 
@@ -24,14 +24,14 @@ class PendingNorm:
         bias: [C] or None.
         mean: [N, C].
         rstd: [N, C].
-        count: values that each statistic was taken over, [N, C] or [1, C].
+        count: values that each statistic was taken over, at least 1, [N, C], [N, 1] or [1, C].
         geometry: where the rows lie.
         shared: over, groups, synchronise and backend, as ``operators.normalize`` takes them.
         x_recipe: how to compute x again, or None.
         residual: features [V, bd, bh, bw, C] that are added to the result, or None.
         residual_recipe: how to compute residual again, or None.
         grad_mode: whether gradients were recorded when the norm was called.
-        versions: of x, weight, bias and residual at their calls.
+        versions: of x, weight, bias and residual when it began to wait; () if it does not wait.
     """
 
     x: Tensor
@@ -54,8 +54,9 @@ class PendingNorm:
         return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled() and not x.is_inference()
 
     def waiting(self) -> PendingNorm:
-        """The same, knowing the present versions of its operands."""
-        return replace(self, versions=self._versions())
+        """Itself, from now on knowing the present versions of its operands."""
+        self.versions = self._versions()
+        return self
 
     def plus(self, residual: Tensor, recipe: Recipe | None) -> PendingNorm | None:
         """The same with features to add, or None if an addition afterwards would give something else."""
@@ -86,8 +87,8 @@ class PendingNorm:
         """
         self._check()
         with torch.set_grad_enabled(self.grad_mode):
-            place = operators.normalize_deferred(*self._arguments(slope))
-        recipe = self._recipe(self._relieve_input(place), None, slope)
+            place, *tables = operators.normalize_deferred(*self._arguments(slope))
+        recipe = self._recipe(self._relieve_input(place), None, tables, slope)
         return DeferredNorm(place, self.x.detach(), self.x._version, recipe)
 
     def compute(self, slope: float) -> tuple[Tensor, Recipe | None]:
@@ -99,10 +100,10 @@ class PendingNorm:
         if self.versions:
             self._check()
         with torch.set_grad_enabled(self.grad_mode):
-            y = operators.normalize(*self._arguments(slope))
+            y, *tables = operators.normalize(*self._arguments(slope))
         if not self.versions or not y.requires_grad:
             return y, None
-        return y, self._relieve(y, slope)
+        return y, self._relieve(y, tables, slope)
 
     def _arguments(self, slope: float) -> tuple[Any, ...]:
         g = self.geometry
@@ -122,15 +123,18 @@ class PendingNorm:
             *self.shared,
         )
 
-    def _relieve(self, y: Tensor, slope: float) -> Recipe | None:
-        """Take from the graph what backward can compute again. Returns: the recipe of y."""
+    def _relieve(self, y: Tensor, tables: list[Tensor], slope: float) -> Recipe | None:
+        """Take from the graph what backward can compute again. Returns: the recipe of y.
+
+        Args: tables: scale and shift of the features.
+        """
         x = self._relieve_input(y)
         # With a residual, backward needs the signs of y too.
         as_it_is = Kept(y) if self.residual is not None and slope != 1.0 else None
         residual = self.residual_recipe
         if self.residual is not None and (residual is None or not residual.holds):
             return as_it_is
-        recipe = self._recipe(x, residual, slope)
+        recipe = self._recipe(x, residual, tables, slope)
         if recipe.steps > MAX_STEPS:
             return as_it_is
         if as_it_is is not None and not compute_instead(y, SAVED_Y, recipe.features):
@@ -145,19 +149,19 @@ class PendingNorm:
             compute_instead(y, SAVED_X, self.x_recipe.features)
         return self.x_recipe
 
-    def _recipe(self, x: Recipe, residual: Recipe | None, slope: float) -> NormRecipe:
-        with torch.no_grad():
-            scale, shift = affine_tables(self.weight, self.bias, self.mean, self.rstd)
+    def _recipe(self, x: Recipe, residual: Recipe | None, tables: list[Tensor], slope: float) -> NormRecipe:
+        scale, shift = tables
         return NormRecipe(x, residual, self.mean, scale, shift, slope, self.geometry, self.shared[-1])
 
-    def _operands(self) -> dict[str, Tensor | None]:
-        return {"input": self.x, "weight": self.weight, "bias": self.bias, "residual": self.residual}
-
     def _versions(self) -> tuple[int | None, ...]:
-        return tuple(None if t is None or t.is_inference() else t._version for t in self._operands().values())
+        operands = (self.x, self.weight, self.bias, self.residual)
+        return tuple([None if t is None or t.is_inference() else t._version for t in operands])
 
     def _check(self) -> None:
-        for (name, _), then, now in zip(self._operands().items(), self.versions, self._versions(), strict=True):
+        versions = self._versions()
+        if versions == self.versions:
+            return
+        for name, then, now in zip(("input", "weight", "bias", "residual"), self.versions, versions, strict=True):
             if then != now:
                 raise _modified(name)
 

@@ -85,7 +85,7 @@ class ConvRecipe:
     def of(cls, x: Recipe, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]) -> ConvRecipe | None:
         """The recipe; None if it were too long or too much work (groups: few products, but slow for their number)."""
         *_, groups, _ = arguments
-        if x.steps >= MAX_STEPS or groups != 1 or weight[0].numel() > MAX_PRODUCTS:
+        if x.steps >= MAX_STEPS or groups != 1 or weight.numel() > MAX_PRODUCTS * weight.shape[0]:
             return None
         # Small copies: the parameters may be changed, or sharded again, before backward.
         return cls(x, weight.detach().clone(), None if bias is None else bias.detach().clone(), arguments)

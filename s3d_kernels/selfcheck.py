@@ -20,6 +20,7 @@ from . import functional
 from .backends import REGISTRY, UnsupportedProblem, use_backend
 from .block_mask import BlockMask
 from .block_sparse import BlockSparseTensor
+from .fused_upconv import fused_upconv3d
 
 # Relative l2 error against `reference` in float64.
 TOLERANCE: dict[torch.dtype, float] = {
@@ -29,7 +30,7 @@ TOLERANCE: dict[torch.dtype, float] = {
     torch.bfloat16: 1.5e-2,
 }
 
-Function = Callable[[BlockSparseTensor, list[Tensor]], BlockSparseTensor]
+Function = Callable[[BlockSparseTensor, list[Tensor]], BlockSparseTensor | Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ CASES: tuple[Case, ...] = (
         "conv_transpose3d 2x2x2",
         lambda x, w: functional.sparse_conv_transpose3d(x, w[0], w[1]),
         ((CHANNELS, 8, 2, 2, 2), (8,)),
+    ),
+    Case(
+        "upconv3d",
+        lambda x, w: fused_upconv3d(x.to_dense(), w[0], w[1], w[2], w[3]),
+        ((CHANNELS, 4, 2, 2, 2), (4,), (8, 4, 3, 3, 3), (8,)),
     ),
     Case("instance norm", lambda x, w: functional.sparse_instance_norm(x, w[0], w[1]), ((CHANNELS,), (CHANNELS,))),
     Case("group norm", lambda x, w: functional.sparse_group_norm(x, 2, w[0], w[1]), ((CHANNELS,), (CHANNELS,))),

@@ -13,6 +13,7 @@ from typing import Any
 
 import compare
 import contenders
+import gpu_step_profile
 import peers
 import pytest
 import report
@@ -397,3 +398,19 @@ def test_tables_in_the_documents_are_what_the_results_say() -> None:
     assert "<!-- table: " in shown
     for path in (ROOT / "bench" / "results").glob("*/*.json"):
         assert json.loads(path.read_text())["machine_info"]["device"]
+
+
+def test_profile_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU all time is the host's, and the tables have its calls only."""
+    monkeypatch.setattr(gpu_step_profile, "CASE", dataclasses.replace(CASE, question="step"))
+    monkeypatch.setattr(gpu_step_profile, "WARM_UP", 1)
+    result = gpu_step_profile.profile_step(turns.prepare(gpu_step_profile.CASE, "torch"))
+    assert result.wall_ms >= result.host_ms > 0
+    if not torch.cuda.is_available():
+        assert (result.kernels_ms, result.peak_bytes) == (0, 0)
+    assert "s3d_kernels::conv3d" in result.tables
+    assert gpu_step_profile.main([str(tmp_path), "dense", "no such contender", "dense masked"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed[1:]] == ["dense", "no such contender", "dense masked"]
+    for name in ("dense", "dense_masked"):
+        assert "aten::convolution" in (tmp_path / f"{name}.txt").read_text()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +14,19 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.sh"
-PARTS = [
-    "machine",
-    "build",
-    "selfcheck",
-    "tests",
-    "trainer",
-    "segmentation",
-    "memcheck",
-    "racecheck",
-    "layers",
-    "steps",
-    "profile",
+# In the order in which they begin; those of a row run side by side.
+ROWS = [
+    ["machine"],
+    ["build"],
+    ["kernels", "triton", "trainer", "segmentation", "selfcheck"],
+    ["step-profile"],
+    ["steps"],
+    ["layers"],
+    ["memcheck", "racecheck"],
+    ["profile"],
+    ["steps-others"],
 ]
+PARTS = sorted(part for row in ROWS for part in row)
 
 
 def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,21 +64,47 @@ def test_every_part_is_run_and_reported(fails: str, failed: list[str], tmp_path:
     folder = tmp_path / "results"
     done = run(folder, **pretend(tmp_path / "programs", fails))
     assert done.returncode == (1 if failed else 0), done.stderr
-    rows = [line.split(" | ") for line in (folder / "summary.md").read_text().splitlines() if line.endswith("s |")]
-    assert [row[0].removeprefix("| ") for row in rows] == PARTS
-    assert [row[0].removeprefix("| ") for row in rows if row[1] != "ok"] == failed
-    assert sorted(path.stem for path in folder.glob("*.log")) == sorted(PARTS)
+    lines = [line.split(" | ") for line in (folder / "summary.md").read_text().splitlines() if line.endswith("s |")]
+    verdicts = {line[0].removeprefix("| "): line[1] for line in lines}
+    done_parts = iter(verdicts)
+    assert [sorted(itertools.islice(done_parts, len(row))) for row in ROWS] == [sorted(row) for row in ROWS]
+    assert not list(done_parts)
+    assert [name for name, verdict in verdicts.items() if verdict != "ok"] == failed
+    assert sorted(path.stem for path in folder.glob("*.log")) == PARTS
+
+
+def test_processes_share_the_tests_where_they_can(tmp_path: Path) -> None:
+    for name, fails in (("with", "no-such-thing"), ("without", "xdist")):
+        folder = tmp_path / name
+        assert run(folder, **pretend(tmp_path / f"programs-{name}", fails)).returncode == 0
+        for part in ("kernels", "triton", "trainer", "segmentation"):
+            assert (" -n " in (folder / f"{part}.log").read_text()) == (name == "with")
+        assert " -n " not in (folder / "steps.log").read_text()
+
+
+def collected(path: str, expression: str, folder: Path, *options: str) -> list[str]:
+    """The tests that pytest selects."""
+    root = SCRIPT.parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    command += ["-c", str(root / "pyproject.toml"), str(root / path), "-k", expression, *options]
+    # Not in the folder of the sources, where Python would import what is not built.
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 def test_selected_tests_exist(tmp_path: Path) -> None:
     """What the script asks of pytest by name."""
-    root, text = SCRIPT.parents[1], SCRIPT.read_text()
-    expression = text.partition('test_gpu.py -k "')[2].partition('"')[0]
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
-    command += ["-c", str(root / "pyproject.toml"), str(root / "tests/kernels/test_gpu.py"), "-k", expression]
-    # Not in the folder of the sources, where Python would import what is not built.
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout
-    assert "conv 3-native-False-torch.bfloat16" in done.stdout
-    for part in ("-k test_layer", '-k "test_encoder or test_step"', "-m s3d profile"):
-        assert part in text
+    text = SCRIPT.read_text()
+    others, triton, sanitized = re.findall(r'tests/kernels/test_gpu\.py -k "(.*?)"', text)
+    path = "tests/kernels/test_gpu.py"
+    every, (first, second) = collected(path, "test", tmp_path), (collected(path, e, tmp_path) for e in (others, triton))
+    assert sorted(first + second) == sorted(every)
+    names = [name.partition("[")[2] for name in collected(path, sanitized, tmp_path)]
+    assert names == ["conv 3-native-False-torch.bfloat16]", "instance norm-native-False-torch.bfloat16]"]
+    measured = re.findall(r"--benchmark (.*?) --results", text.replace("\\\n", ""))
+    assert len(measured) == 3
+    for options in measured:
+        words = shlex.split(options)
+        at = words.index("-k")
+        assert collected("bench", words[at + 1], tmp_path, "--benchmark", *words[:at])

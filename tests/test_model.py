@@ -1,8 +1,11 @@
 """S3D: sparse equals dense-with-mask, ablation rows, parameters."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3d.loss import masked_mse
 from s3d.masking import MaskSampler
@@ -101,7 +104,7 @@ def test_dense_row_is_the_network_on_zero_filled_input() -> None:
 
 def test_mask_tokens_fill_normalised_features() -> None:
     """Skips of the row with tokens: mean 0 and variance 1 over visible voxels, the token elsewhere."""
-    model = tiny(**ROWS[2])
+    model = tiny(**ROWS[2], shortcuts=False)
     x, mask = problem()
     seen: list[torch.Tensor] = []
     model.unet.decoder.register_forward_pre_hook(lambda module, arguments: seen.extend(arguments[0]))
@@ -120,22 +123,151 @@ def test_mask_tokens_fill_normalised_features() -> None:
 
 @pytest.mark.parametrize("row", [1, 2, 3])
 def test_the_decoder_on_native_kernels_equals_the_dense_one(row: int) -> None:
-    model = tiny(**ROWS[row]).double()
+    model = tiny(**ROWS[row], shortcuts=False).double()
     x, mask = problem()
     seen: list[object] = []
-    model.unet.decoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0]))
-    results = []
-    for backend in ("native", "torch"):
-        model.zero_grad()
-        with use_backend(backend):
-            y = model(x.double(), mask)
-            y.square().sum().backward()
-        results.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    model.unet.decoder.stages[-1].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    results = [results_of(model, x.double(), mask, backend) for backend in ("native", "torch")]
     assert isinstance(seen[0], BlockSparseTensor)
     assert isinstance(seen[1], torch.Tensor)
-    assert len(results[0]) == len(results[1])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    for name, ours in results[0].items():
+        torch.testing.assert_close(ours, results[1][name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+# ---- shortcuts: the same with less work
+
+# Blocks of 16 voxels are 16, 8 and 4 wide in the stages of the tiny network: all are filled by background and
+# correction; of blocks of 8 the last stage is dense. Cells at all borders are visible in some sample and masked in
+# others.
+MASKS = {
+    "60 %": lambda: BlockMask.random(2, (2, 3, 2), 16, 0.6, torch.Generator().manual_seed(0)),
+    "90 %, smaller blocks": lambda: BlockMask.random(2, (4, 2, 3), 8, 0.9, torch.Generator().manual_seed(1)),
+    "unequal samples": lambda: BlockMask.random(3, (2, 2, 3), 16, (0.2, 0.95), torch.Generator().manual_seed(2)),
+    "one sample without anything": lambda: BlockMask.from_grid(torch.arange(16).view(2, 2, 2, 2) >= 11, (8, 16, 8)),
+    "everything visible": lambda: BlockMask.random(1, 2, 16, 0.0),
+    "nothing visible": lambda: BlockMask.random(2, 2, 8, 1.0),
+    "voxels": lambda: BlockMask.from_voxels(
+        torch.rand(2, 16, 16, 24, generator=torch.Generator().manual_seed(3)) < 0.3
+    ),
+}
+
+
+def results_of(
+    model: S3D, x: torch.Tensor, mask: BlockMask, backend: str, *, masked_only: bool = False
+) -> dict[str, torch.Tensor]:
+    """The masked voxels of the reconstruction, the loss, and the gradient of every parameter that has one."""
+    model.zero_grad()
+    with use_backend(backend):
+        y = model(x, mask, masked_only=masked_only)
+        y = torch.where(mask.to_dense(), 0, y) if masked_only else y
+        loss = (torch.where(mask.to_dense(), 0, y - x)).square().mean()
+        loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"reconstruction": y.detach(), "loss": loss.detach(), **gradients}
+
+
+def assert_same(
+    got: dict[str, torch.Tensor],
+    truth: dict[str, torch.Tensor],
+    tolerance: float,
+    plain: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Relative l2 distances to the truth.
+
+    Allowed beside the tolerance: what rounding makes of gradients that cancel to nothing (of a bias before a norm), and
+    twice the distance of the plain computation, if given, where that is ill conditioned in its precision.
+    """
+    assert got.keys() == truth.keys()
+    largest = max(float(t.norm()) for name, t in truth.items() if name not in ("reconstruction", "loss"))
+    for name, expected in truth.items():
+        error, of_plain = (
+            0.0 if values is None else float((values[name].double() - expected).norm()) for values in (got, plain)
+        )
+        allowed = tolerance * float(expected.norm()) + 2 * of_plain + 5e-2 * tolerance * largest
+        assert error <= allowed, f"{name}: {error:.1e} of {float(expected.norm()):.1e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "row"),
+    [
+        *((name, backend, 3) for name in MASKS for backend in ("torch", "native")),
+        *(("60 %", "reference", row) for row in (1, 2, 3)),
+        *(("unequal samples", "native", row) for row in (1, 2)),
+    ],
+)
+def test_shortcuts_change_nothing(name: str, backend: str, row: int) -> None:
+    mask = MASKS[name]()
+    x = torch.randn(mask.batch, 1, *mask.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    model = tiny(**ROWS[row]).double()
+    model.shortcuts = False
+    truth = results_of(model, x, mask, "torch")
+    model.shortcuts = True
+    assert_same(results_of(model, x, mask, backend), truth, 1e-10)
+    model, x = model.float(), x.float()
+    got = results_of(model, x, mask, backend)
+    model.shortcuts = False
+    assert_same(got, truth, 1e-5, results_of(model, x, mask, backend))
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("name", MASKS)
+def test_masked_voxels_alone(name: str, backend: str) -> None:
+    mask = MASKS[name]()
+    x = torch.randn(mask.batch, 1, *mask.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    model = tiny().double()
+    truth = results_of(model, x, mask, backend)
+    truth["reconstruction"] = torch.where(mask.to_dense(), 0, truth["reconstruction"])
+    assert_same(results_of(model, x, mask, backend, masked_only=True), truth, 1e-10)
+
+
+def test_shortcuts_with_checkpointed_activations() -> None:
+    mask = MASKS["60 %"]()
+    x = torch.randn(mask.batch, 1, *mask.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    truth = results_of(tiny().double(), x, mask, "native")
+    model = tiny().double()
+    model.checkpoint_activations()
+    for masked_only in (False, True):
+        got = results_of(model, x, mask, "native", masked_only=masked_only)
+        if masked_only:
+            truth["reconstruction"] = torch.where(mask.to_dense(), 0, truth["reconstruction"])
+        assert_same(got, truth, 1e-10)
+
+
+def test_shortcuts_in_bfloat16() -> None:
+    """No further from the truth than the plain computation in the same precision, give or take."""
+    mask = MASKS["60 %"]()
+    x = torch.randn(mask.batch, 1, *mask.shape, generator=torch.Generator().manual_seed(4))
+    model = tiny()
+    errors = []
+    with torch.no_grad(), use_backend("native"):
+        truth = model(x, mask)
+        for model.shortcuts in (False, True):
+            with torch.autocast("cpu", torch.bfloat16):
+                errors.append(float((model(x, mask).float() - truth).norm() / truth.norm()))
+    assert errors[1] <= 1.5 * errors[0]
+    assert errors[0] <= 3e-2
+
+
+def test_shortcuts_leave_out_what_is_known() -> None:
+    """Convolutions in the decoder and the densification write a part of the volume only."""
+    model = S3D(build_unet("small"))
+    mask = BlockMask.random(1, 2, 32, 0.75, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1, *mask.shape)
+    kept: dict[bool, int] = {}
+    for model.shortcuts in (False, True):
+        written: list[int] = []
+
+        class Outputs(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if func.name() == "s3d_kernels::conv3d":
+                    written.append(result.numel())  # noqa: B023
+                return result
+
+        with torch.no_grad(), use_backend("native"), Outputs():
+            model(x, mask)
+        kept[model.shortcuts] = sum(written)
+    assert kept[True] < 0.7 * kept[False]
 
 
 def test_densification_has_no_convolution_at_full_resolution() -> None:

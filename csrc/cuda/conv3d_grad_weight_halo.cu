@@ -25,7 +25,8 @@
 //           4096 FLOP: 24 FLOP a byte, where an A100 needs 16. Sources are found between the multiplications of tiles,
 //           with nothing else to do: an estimated fifth of the time. Counted by the emulator, all visible, 8 x 8 x 8
 //           blocks: 45 KiB read for 256 voxels of 32 channels to 32 (conv3d_grad_weight: 769), 181 for 64 to 64 (1529);
-//           92 % of what is multiplied is useful, no bank conflicts. Not measured yet.
+//           92 % of what is multiplied is useful, no bank conflicts. An H100 took 176 microseconds (mean
+//           of 32 to 128 channels) and 57 (256) with one patch of 160^3.
 // Source    As conv3d_halo; parts as in conv3d_grad_weight.
 #include <algorithm>
 

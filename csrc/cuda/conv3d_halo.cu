@@ -44,7 +44,9 @@
 //           75 + 216 KiB, 190 FLOP a byte. A step reads 4 KiB of rows and 2 or 4 KiB of weights a warp from shared
 //           memory for 32 or 64 mma of 4096 FLOP: 21 or 32 FLOP a byte, where an A100 needs 16. Counted by the
 //           emulator, all visible, 8 x 8 x 8 blocks: 83 KiB read for 256 voxels of 32 channels to 32 (conv3d_gather:
-//           496), 273 for 64 to 64 (1201); no bank conflicts. Not measured yet.
+//           496), 273 for 64 to 64 (1201); no bank conflicts. An H100 takes 4 to 5 times as long as
+//           this allows with 32 to 128 channels, 20 times with 256 and blocks of side 4 (one patch of 160^3;
+//           docs/performance.md, "Measured on an H100"); why is open.
 // Source    Shared-memory tiling of a stencil with its halo (e.g. Micikevicius, GPGPU-2 2009), on tensor cores as an
 //           implicit matrix product.
 #include <algorithm>

@@ -5,16 +5,13 @@ python -m s3d.segmentation.schedule_figure docs/images/schedules.png
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from s3d.data.store import write_atomically
+from s3d.figure_file import digest, write_figure
 
 from .schedule import SCHEDULES, make_schedule
 
@@ -65,7 +62,7 @@ def drawn_data() -> str:
         ]
         for axes in schedule_figure().axes
     }
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    return digest(lines)
 
 
 def write_schedule_figure(path: Path) -> None:
@@ -74,10 +71,7 @@ def write_schedule_figure(path: Path) -> None:
     Raises:
         OSError: it could not be written.
     """
-    content = io.BytesIO()
-    # Without the version of matplotlib, so that the same schedules give the same file.
-    schedule_figure().savefig(content, format="png", dpi=110, metadata={"Software": None, "Description": drawn_data()})
-    write_atomically(path, content.getvalue())
+    write_figure(path, schedule_figure(), drawn_data())
 
 
 if __name__ == "__main__":

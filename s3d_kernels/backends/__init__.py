@@ -9,6 +9,7 @@ from .interface import (
     NormProblem,
     PoolProblem,
     Problem,
+    UpconvProblem,
     WindowGeometry,
 )
 from .measurements import load_measurements, tuning
@@ -41,6 +42,7 @@ __all__ = [
     "PoolProblem",
     "Problem",
     "UnsupportedProblem",
+    "UpconvProblem",
     "WindowGeometry",
     "call",
     "check_name",

@@ -62,7 +62,7 @@ class FirstUseChecks:
 
 
 def disagreement(backend: Backend, operator: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None if the kernels of an operator ("conv3d", "norm", "pool3d", "blocks") agree with `reference`.
+    """None if the kernels of an operator ("conv3d", "norm", "pool3d", "blocks", "upconv3d") agree with `reference`.
 
     Otherwise the name of the first one that does not, and by how much. Works below autograd, on raw kernels.
     """
@@ -107,6 +107,16 @@ def _results(backend: Backend, operator: str, dtype: torch.dtype, device: torch.
             "the gradient of a convolution's weight": grad_weight,
             "the gradient of a convolution's bias": grad_bias,
             **(_fused(backend, features, weight, bias, affine, window) if side == 4 else {}),
+        }
+    if operator == "upconv3d":
+        weight, bias = draw(2, 2, 2, CHANNELS + 8, CHANNELS, 2, 2, 2), draw(CHANNELS + 8)
+        grad = draw(2, 2 * side, 2 * side, 2 * side, CHANNELS + 8)
+        grad_weight, grad_bias = backend.upconv3d_grad_weight(grad, features)
+        return {
+            "up-convolution": backend.upconv3d(features, weight, bias),
+            "the gradient of an up-convolution's input": backend.upconv3d_grad_input(grad, weight),
+            "the gradient of an up-convolution's weight": grad_weight,
+            "the gradient of an up-convolution's bias": grad_bias,
         }
     offsets = torch.tensor([0, 2], dtype=torch.int32, device=device)
     geometry = BlockGeometry(index, None, offsets, 1, (side, side, 3 * side), block)

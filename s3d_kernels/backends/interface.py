@@ -9,7 +9,7 @@ results are zero at masked voxels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ Triple = tuple[int, int, int]
 PoolKind = Literal["avg", "max"]
 
 
-@dataclass(frozen=True)
-class ConvProblem:
+# Problems are named tuples because every call of an operator makes one and looks it up.
+class ConvProblem(NamedTuple):
     """A convolution as far as the choice of a backend depends on it."""
 
     device: str
@@ -35,8 +35,7 @@ class ConvProblem:
     operator: str = "conv3d"
 
 
-@dataclass(frozen=True)
-class NormProblem:
+class NormProblem(NamedTuple):
     """Normalisation statistics, their application or its backward."""
 
     device: str
@@ -47,8 +46,7 @@ class NormProblem:
     operator: str = "norm"
 
 
-@dataclass(frozen=True)
-class PoolProblem:
+class PoolProblem(NamedTuple):
     """Average or maximum pooling."""
 
     device: str
@@ -63,8 +61,7 @@ class PoolProblem:
     operator: str = "pool3d"
 
 
-@dataclass(frozen=True)
-class BlocksProblem:
+class BlocksProblem(NamedTuple):
     """Gathering blocks from a dense volume, or scattering them to one."""
 
     device: str
@@ -75,7 +72,18 @@ class BlocksProblem:
     operator: str = "blocks"
 
 
-Problem = ConvProblem | NormProblem | PoolProblem | BlocksProblem
+@dataclass(frozen=True)
+class UpconvProblem:
+    """An up-convolution of dense volumes."""
+
+    device: str
+    dtype: torch.dtype
+    in_channels: int
+    out_channels: int
+    operator: str = "upconv3d"
+
+
+Problem = ConvProblem | NormProblem | PoolProblem | BlocksProblem | UpconvProblem
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,8 @@ class WindowGeometry:
 
     def sizes(self) -> list[int]:
         """All numbers as one list, the form in which they pass through an operator; see :meth:`from_operator`."""
-        triples = (self.radius, self.shape, self.target_block, self.kernel_size, self.stride, self.padding)
-        return [self.batch, *(number for values in triples for number in values)]
+        g = self
+        return [g.batch, *g.radius, *g.shape, *g.target_block, *g.kernel_size, *g.stride, *g.padding]
 
     @classmethod
     def from_operator(
@@ -217,6 +225,32 @@ class Backend(Protocol):
         geometry: WindowGeometry,
         groups: int,
     ) -> tuple[Tensor, Tensor]:  # [C_out, C_in / groups, kd, kh, kw], [C_out] (of the bias)
+        ...
+
+    def upconv3d(
+        self,
+        x: Tensor,  # [N, d, h, w, C_low]
+        weight: Tensor,  # [2, 2, 2, C, C_low, 2, 2, 2]: phase p, channels, tap t
+        bias: Tensor | None,  # [C]
+    ) -> Tensor:  # [N, 2d, 2h, 2w, C]
+        """y[n, 2 q + p] = bias + sum over t of weight[p, :, :, t] @ x[n, q + t - 1 + p], zeros outside the volume.
+
+        Volumes are dense and contiguous, here and in the gradients below.
+        """
+        ...
+
+    def upconv3d_grad_input(
+        self,
+        grad: Tensor,  # [N, 2d, 2h, 2w, C]
+        weight: Tensor,  # [2, 2, 2, C, C_low, 2, 2, 2]
+    ) -> Tensor:  # [N, d, h, w, C_low]
+        ...
+
+    def upconv3d_grad_weight(
+        self,
+        grad: Tensor,  # [N, 2d, 2h, 2w, C]
+        x: Tensor,  # [N, d, h, w, C_low]
+    ) -> tuple[Tensor, Tensor]:  # [2, 2, 2, C, C_low, 2, 2, 2], [C] (of the bias)
         ...
 
     def pool3d(self, x: Tensor, geometry: WindowGeometry, kind: PoolKind, divisor: int) -> Tensor:

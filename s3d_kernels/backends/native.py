@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import stacked_phases
 from .first_use import FirstUseChecks
-from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
+from .interface import BlockGeometry, ConvProblem, PoolKind, Problem, UpconvProblem, WindowGeometry
 from .native_library import PACKAGE, NativeLibrary
 
 
@@ -51,6 +52,7 @@ CPU = NativeLibrary(
     setting=torch.get_num_threads,
     missing="no C++ compiler, or S3D_NATIVE=0, at installation",
     on_load=_say_if_without_threads,
+    upconvolves=True,
 )
 
 CUDA = NativeLibrary(
@@ -128,7 +130,7 @@ class NativeBackend:
         if problem.dtype not in library.dtypes:
             *others, last = (str(dtype).removeprefix("torch.") for dtype in library.dtypes)
             return f"on {problem.device} it computes {', '.join(others)} and {last}, not {problem.dtype}"
-        if isinstance(problem, ConvProblem) and min(problem.in_channels, problem.out_channels) < 1:
+        if isinstance(problem, ConvProblem | UpconvProblem) and min(problem.in_channels, problem.out_channels) < 1:
             return "it needs at least one channel"
         reason = library.why_not()
         if reason is None and library.check_first_use:
@@ -194,6 +196,32 @@ class NativeBackend:
         grad_weight = _empty(x, grad.shape[-1], x.shape[-1] // groups, *geometry.kernel_size)
         grad_bias = _empty(x, grad.shape[-1])
         self._call("conv3d_grad_weight", _in(grad), _in(x), *_window(geometry), groups, grad_weight, grad_bias)
+        return grad_weight, grad_bias
+
+    # ---- up-convolution
+
+    def upconv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._libraries[x.device.type].upconvolves:
+            return stacked_phases.upconv3d(self, x, weight, bias)
+        batch, *sizes, _ = x.shape
+        y = _empty(x, batch, *(2 * size for size in sizes), weight.shape[3])
+        self._call("upconv3d", _in(x), _in(weight), _maybe(bias), y)
+        return y
+
+    def upconv3d_grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        if not self._libraries[grad.device.type].upconvolves:
+            return stacked_phases.upconv3d_grad_input(self, grad, weight)
+        batch, *sizes, _ = grad.shape
+        grad_x = _empty(grad, batch, *(size // 2 for size in sizes), weight.shape[4])
+        self._call("upconv3d_grad_input", _in(grad), _in(weight), grad_x)
+        return grad_x
+
+    def upconv3d_grad_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._libraries[grad.device.type].upconvolves:
+            return stacked_phases.upconv3d_grad_weight(self, grad, x)
+        grad_weight = _empty(x, 2, 2, 2, grad.shape[-1], x.shape[-1], 2, 2, 2)
+        grad_bias = _empty(x, grad.shape[-1])
+        self._call("upconv3d_grad_weight", _in(grad), _in(x), grad_weight, grad_bias)
         return grad_weight, grad_bias
 
     # ---- pooling
@@ -319,7 +347,7 @@ def _table_dtype(x: Tensor) -> torch.dtype:
 
 def _in(x: Tensor) -> Tensor:
     """An argument as the library takes it: contiguous, apart from autograd."""
-    return x.detach().contiguous()
+    return (x.detach() if x.requires_grad else x).contiguous()
 
 
 def _maybe(x: Tensor | None) -> Tensor | None:

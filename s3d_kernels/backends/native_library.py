@@ -41,6 +41,7 @@ class NativeLibrary:
         on_load: called with the library once it is loaded.
         check_first_use: whether kernels are compared with `reference` before the first use of each in a process.
         fuses: whether it has convolutions that do the work of the norms around them.
+        upconvolves: whether it has an up-convolution of its own; without, that is made of convolutions.
     """
 
     name: str
@@ -53,6 +54,7 @@ class NativeLibrary:
     on_load: Callable[[Any], None] = lambda library: None
     check_first_use: bool = False
     fuses: bool = False
+    upconvolves: bool = False
 
     def why_not(self) -> str | None:
         """None if it can be used, otherwise the reason in a short sentence."""

@@ -12,8 +12,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv3d_weight
 
 from .interface import BlockGeometry, PoolKind, Problem, Triple, WindowGeometry
+from .stacked_phases import PHASES, interleaved
 
 
 class ReferenceBackend:
@@ -49,6 +51,33 @@ class ReferenceBackend:
             dense_grad, dense, weight, geometry, groups, [False, True, True]
         )
         return grad_weight.contiguous(), grad_bias
+
+    def upconv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        batch, *sizes, _ = x.shape
+        y = x.new_empty(batch, *(2 * size for size in sizes), weight.shape[3])
+        for p, of_phase in zip(PHASES, interleaved(y), strict=True):
+            windows = F.pad(x.permute(0, 4, 1, 2, 3), _around(p))
+            of_phase.copy_(F.conv3d(windows, weight[p], bias).permute(0, 2, 3, 4, 1))
+        return y
+
+    def upconv3d_grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        batch, *sizes, _ = grad.shape
+        d, h, w = (size // 2 for size in sizes)
+        grad_x = grad.new_zeros(batch, d, h, w, weight.shape[4], dtype=accumulation_dtype(grad))
+        for p, of_phase in zip(PHASES, interleaved(grad), strict=True):
+            of_windows = F.conv_transpose3d(of_phase.permute(0, 4, 1, 2, 3), weight[p]).permute(0, 2, 3, 4, 1)
+            near = [1 - offset for offset in p]
+            grad_x += of_windows[:, near[0] : near[0] + d, near[1] : near[1] + h, near[2] : near[2] + w]
+        return grad_x.to(grad.dtype)
+
+    def upconv3d_grad_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels, channels_low = grad.shape[-1], x.shape[-1]
+        grad_weight = x.new_empty(2, 2, 2, channels, channels_low, 2, 2, 2)
+        for p, of_phase in zip(PHASES, interleaved(grad), strict=True):
+            windows = F.pad(x.permute(0, 4, 1, 2, 3), _around(p))
+            size = (channels, channels_low, 2, 2, 2)
+            grad_weight[p] = conv3d_weight(windows, size, of_phase.permute(0, 4, 1, 2, 3))
+        return grad_weight, grad.sum((0, 1, 2, 3))
 
     def pool3d(self, x: Tensor, geometry: WindowGeometry, kind: PoolKind, divisor: int) -> Tensor:
         dense = _poolable(_source_volume(x, geometry))
@@ -242,6 +271,11 @@ def _far_padding(geometry: WindowGeometry) -> list[int]:
     )
     extra = [max(0, (out - 1) * s + k - p - size - p) for size, out, k, s, p in sizes]
     return [0, extra[2], 0, extra[1], 0, extra[0]]
+
+
+def _around(phase: Triple) -> list[int]:
+    """Zeros to add before and after a volume (for F.pad), so that the windows of a phase of an up-convolution fit."""
+    return [side for p in reversed(phase) for side in (1 - p, p)]
 
 
 def _poolable(dense: Tensor) -> Tensor:

@@ -220,7 +220,13 @@ def computes_natively(x: Tensor) -> bool:
 
 
 # What problems are first of all about.
-_FORWARD = {"conv3d": "conv3d", "norm": "norm_apply", "pool3d": "pool3d", "blocks": "gather_blocks"}
+_FORWARD = {
+    "conv3d": "conv3d",
+    "norm": "norm_apply",
+    "pool3d": "pool3d",
+    "blocks": "gather_blocks",
+    "upconv3d": "upconv3d",
+}
 
 
 def explain(problem: Problem, operation: str | None = None) -> dict[str, str | float | None]:

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import stacked_phases
 from .first_use import FirstUseChecks
-from .interface import ConvProblem, Problem, Triple, WindowGeometry
+from .interface import ConvProblem, Problem, Triple, UpconvProblem, WindowGeometry
 from .torch_gather import TorchGatherBackend
 
 # On a CPU spconv multiplies float16 in numpy and rounds behind every tap; it has no bfloat16, and no float64 on GPUs.
@@ -303,17 +304,16 @@ class SpconvBackend(TorchGatherBackend):
         if problem.dtype not in DTYPES[problem.device]:
             names = " and ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[problem.device])
             return f"on {problem.device} it computes {names}, not {problem.dtype}"
-        if isinstance(problem, ConvProblem):
-            if problem.groups != 1:
-                return f"spconv has no groups, and {problem.groups} are asked for"
-            if min(problem.in_channels, problem.out_channels) < 1:
-                return "it needs at least one channel"
+        if isinstance(problem, ConvProblem) and problem.groups != 1:
+            return f"spconv has no groups, and {problem.groups} are asked for"
+        if isinstance(problem, ConvProblem | UpconvProblem) and min(problem.in_channels, problem.out_channels) < 1:
+            return "it needs at least one channel"
         reason = _missing()
         if reason is not None or problem.device != "cuda":
             return reason
         if torch.version.hip is not None or _import_ops().CPU_ONLY_BUILD:
             return "this build of spconv has no kernels for this GPU"
-        return self._checks.reason(problem) if isinstance(problem, ConvProblem) else None
+        return self._checks.reason(problem) if isinstance(problem, ConvProblem | UpconvProblem) else None
 
     def conv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: WindowGeometry, groups: int) -> Tensor:
         with _on_device_of(x):
@@ -342,6 +342,16 @@ class SpconvBackend(TorchGatherBackend):
                     rows, grad_weight, grad_rows, lists.pairs, lists.counts
                 )
             return grad_weight.permute(0, 4, 1, 2, 3).contiguous(), grad_rows.sum(0)
+
+    # Not inherited: these convolve by spconv, and `auto` measures only what a backend does in its own way.
+    def upconv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return stacked_phases.upconv3d(self, x, weight, bias)
+
+    def upconv3d_grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return stacked_phases.upconv3d_grad_input(self, grad, weight)
+
+    def upconv3d_grad_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return stacked_phases.upconv3d_grad_weight(self, grad, x)
 
 
 def _convolve(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import stacked_phases
 from .interface import BlockGeometry, PoolKind, Problem, Triple, WindowGeometry
 
 
@@ -100,6 +101,17 @@ class TorchGatherBackend:
             [False, True, True],
         )
         return grad_weight.contiguous(), grad_bias
+
+    # ---- up-convolution
+
+    def upconv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return stacked_phases.upconv3d(self, x, weight, bias)
+
+    def upconv3d_grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return stacked_phases.upconv3d_grad_input(self, grad, weight)
+
+    def upconv3d_grad_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return stacked_phases.upconv3d_grad_weight(self, grad, x)
 
     # ---- pooling
 

@@ -6,8 +6,10 @@ happens inside its body: `torch.compile` sees one node, and backward uses the ba
 
 from .blocks import gather_blocks, scatter_blocks
 from .conv import conv3d, conv3d_fused, conv3d_grad_input
+from .masked_head import masked_head
 from .norm import compute_deferred, norm_apply, norm_statistics, normalize, normalize_deferred
 from .pool import pool3d
+from .upconv import upconv3d
 
 __all__ = [
     "compute_deferred",
@@ -15,10 +17,12 @@ __all__ = [
     "conv3d_fused",
     "conv3d_grad_input",
     "gather_blocks",
+    "masked_head",
     "norm_apply",
     "norm_statistics",
     "normalize",
     "normalize_deferred",
     "pool3d",
     "scatter_blocks",
+    "upconv3d",
 ]

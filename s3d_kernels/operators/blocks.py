@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, BlockGeometry, BlocksProblem, call
+from .custom_operator import custom_operator
 
 
 def _problem(x: Tensor, channels: int, geometry: BlockGeometry) -> BlocksProblem:
     return BlocksProblem(x.device.type, x.dtype, channels, geometry.block, geometry.voxels is not None)
 
 
-@torch.library.custom_op("s3d_kernels::gather_blocks", mutates_args=())
+@custom_operator("s3d_kernels::gather_blocks")
 def gather_blocks(
     dense: Tensor,  # [N, C, D, H, W]
     index: Tensor,  # [V, 4] int32
@@ -32,7 +33,7 @@ def _(dense, index, voxels, sample_offsets, sizes, backend):
     return dense.new_empty(index.shape[0], *geometry.block, dense.shape[1])
 
 
-@torch.library.custom_op("s3d_kernels::scatter_blocks", mutates_args=())
+@custom_operator("s3d_kernels::scatter_blocks")
 def scatter_blocks(
     blocks: Tensor,  # [V, bd, bh, bw, C]
     fill: Tensor,  # [C], value of masked voxels

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, ConvProblem, WindowGeometry, call, fusing
+from .custom_operator import custom_operator
 
 # torch reads the schema of a custom operator from these annotations: it wants Optional and list, not unions, tuples.
 # Behind their operands all window operators take the tensors of a WindowGeometry, its sizes and the backend's name.
@@ -34,7 +35,7 @@ def conv_problem(weight: Tensor, groups: int, geometry: WindowGeometry, x: Tenso
     )
 
 
-@torch.library.custom_op("s3d_kernels::conv3d", mutates_args=())
+@custom_operator("s3d_kernels::conv3d")
 def conv3d(
     x: Tensor,  # [Vi, *source_block, C_in]
     weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
@@ -60,7 +61,7 @@ def _(x, weight, bias, source_index, source_voxels, target_index, target_voxels,
     return x.new_empty(target_index.shape[0], *geometry.target_block, weight.shape[0])
 
 
-@torch.library.custom_op("s3d_kernels::conv3d_fused", mutates_args=())
+@custom_operator("s3d_kernels::conv3d_fused")
 def conv3d_fused(
     x: Tensor,  # [V, *block, C_in]
     weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
@@ -108,7 +109,7 @@ def _(
     return x.new_empty(len(target_index), *geometry.target_block, channels), table, torch.empty_like(table)
 
 
-@torch.library.custom_op("s3d_kernels::conv3d_grad_input", mutates_args=())
+@custom_operator("s3d_kernels::conv3d_grad_input")
 def conv3d_grad_input(
     grad: Tensor,  # [Vo, *target_block, C_out]
     weight: Tensor,  # [C_out, C_in / groups, kd, kh, kw]
@@ -133,7 +134,7 @@ def _(grad, weight, source_index, source_voxels, target_index, target_voxels, ta
     return grad.new_empty(source_index.shape[0], *geometry.source_block, weight.shape[1] * groups)
 
 
-@torch.library.custom_op("s3d_kernels::conv3d_grad_weight", mutates_args=())
+@custom_operator("s3d_kernels::conv3d_grad_weight")
 def conv3d_grad_weight(
     grad: Tensor,  # [Vo, *target_block, C_out]
     x: Tensor,  # [Vi, *source_block, C_in]
@@ -205,7 +206,9 @@ def _conv3d_fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.set_materialize_grads(False)
 
 
-def _conv3d_fused_backward(ctx: Any, grad: Tensor, *of_statistics: None) -> tuple[Any, ...]:
+def _conv3d_fused_backward(ctx: Any, grad: Optional[Tensor], *of_statistics: None) -> tuple[Any, ...]:
+    if grad is None:  # nothing that follows has a gradient
+        return (None,) * (11 + _FUSED)
     return *_conv3d_backward(ctx, grad), *(None,) * _FUSED
 
 

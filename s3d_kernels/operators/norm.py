@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, BlockGeometry, NormProblem, call
+from .custom_operator import custom_operator
 
 
 def _problem(x: Tensor, geometry: BlockGeometry) -> NormProblem:
@@ -22,7 +23,7 @@ def _table(x: Tensor, geometry: BlockGeometry) -> Tensor:
     return x.new_empty(geometry.batch, x.shape[-1], dtype=dtype)
 
 
-@torch.library.custom_op("s3d_kernels::norm_statistics", mutates_args=())
+@custom_operator("s3d_kernels::norm_statistics")
 def norm_statistics(
     x: Tensor,  # [V, bd, bh, bw, C]
     index: Tensor,
@@ -42,7 +43,7 @@ def _(x, index, voxels, sample_offsets, sizes, backend):
     return _table(x, geometry), _table(x, geometry)
 
 
-@torch.library.custom_op("s3d_kernels::norm_apply", mutates_args=())
+@custom_operator("s3d_kernels::norm_apply")
 def norm_apply(
     x: Tensor,  # [V, bd, bh, bw, C]
     mean: Tensor,  # [N, C]
@@ -67,7 +68,7 @@ def _(x, mean, scale, shift, residual, index, voxels, sample_offsets, sizes, slo
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("s3d_kernels::norm_grad_sums", mutates_args=())
+@custom_operator("s3d_kernels::norm_grad_sums")
 def norm_grad_sums(
     grad: Tensor,  # [V, bd, bh, bw, C]
     x: Tensor,  # [V, bd, bh, bw, C]
@@ -103,7 +104,7 @@ def _(grad, x, y, mean, rstd, scale, shift, index, voxels, sample_offsets, sizes
     return before, torch.empty_like(mean), torch.empty_like(mean)
 
 
-@torch.library.custom_op("s3d_kernels::norm_grad_input", mutates_args=())
+@custom_operator("s3d_kernels::norm_grad_input")
 def norm_grad_input(
     grad: Tensor,  # [V, bd, bh, bw, C]
     x: Tensor,  # [V, bd, bh, bw, C]
@@ -129,7 +130,7 @@ def _(grad, x, mean, rstd, scale, offset, slope, index, voxels, sample_offsets, 
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("s3d_kernels::normalize", mutates_args=())
+@custom_operator("s3d_kernels::normalize")
 def normalize(
     x: Tensor,  # [V, bd, bh, bw, C]
     weight: Optional[Tensor],  # [C]
@@ -137,7 +138,7 @@ def normalize(
     residual: Optional[Tensor],  # [V, bd, bh, bw, C]
     mean: Tensor,  # [N, C]
     rstd: Tensor,  # [N, C]
-    count: Tensor,  # [N, C] or [1, C]: values that each statistic was taken over (in group, batch, all ranks)
+    count: Tensor,  # [N, C], [N, 1] or [1, C]: values that each statistic was taken over (in group, batch, all ranks)
     index: Tensor,
     voxels: Optional[Tensor],
     sample_offsets: Tensor,
@@ -147,17 +148,19 @@ def normalize(
     groups: int,
     synchronise: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """leaky_relu((x - mean) * rstd * weight + bias + residual, slope); slope 1 is no activation.
 
     `over` says what mean and rstd are functions of, for the derivative: "sample" (of the voxels of the sample in each
     of `groups` groups of channels), "batch" (of the voxels of all samples, of all ranks with `synchronise`) or
-    "nothing" (given constants). Returns: [V, bd, bh, bw, C], dtype of x.
+    "nothing" (given constants); `count` is at least 1. Returns: [V, bd, bh, bw, C], dtype of x; and without gradient
+    scale and shift [N, C] of the centred features.
     """
     geometry = BlockGeometry.from_operator(index, voxels, sample_offsets, sizes)
-    scale, shift = affine_tables(weight, bias, mean, rstd)
+    scale, shift = affine_tables(weight, bias, rstd)
     tables = (mean, scale, shift)
-    return call(backend, _problem(x, geometry), Backend.norm_apply, x, *tables, residual, slope, geometry)
+    y = call(backend, _problem(x, geometry), Backend.norm_apply, x, *tables, residual, slope, geometry)
+    return y, scale, shift
 
 
 @normalize.register_fake
@@ -165,10 +168,10 @@ def _(
     x, weight, bias, residual, mean, rstd, count, index, voxels, sample_offsets, sizes, slope,
     over, groups, synchronise, backend,
 ):  # fmt: skip
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape), torch.empty_like(rstd), torch.empty_like(rstd)
 
 
-@torch.library.custom_op("s3d_kernels::normalize_deferred", mutates_args=())
+@custom_operator("s3d_kernels::normalize_deferred")
 def normalize_deferred(
     x: Tensor,
     weight: Optional[Tensor],
@@ -186,12 +189,12 @@ def normalize_deferred(
     groups: int,
     synchronise: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The place of what `normalize` gives, in graph and shape, without its values: for readers who compute them.
 
-    Returns: [V, bd, bh, bw, C], one element in memory that means nothing.
+    Returns: [V, bd, bh, bw, C], one element in memory that means nothing; and scale and shift.
     """
-    return x.new_empty(1).expand(x.shape)
+    return x.new_empty(1).expand(x.shape), *affine_tables(weight, bias, rstd)
 
 
 @normalize_deferred.register_fake
@@ -199,10 +202,10 @@ def _(
     x, weight, bias, residual, mean, rstd, count, index, voxels, sample_offsets, sizes, slope,
     over, groups, synchronise, backend,
 ):  # fmt: skip
-    return x.new_empty(1).expand(x.shape)
+    return x.new_empty(1).expand(x.shape), torch.empty_like(rstd), torch.empty_like(rstd)
 
 
-@torch.library.custom_op("s3d_kernels::compute_deferred", mutates_args=())
+@custom_operator("s3d_kernels::compute_deferred")
 def compute_deferred(
     deferred: Tensor,  # [V, bd, bh, bw, C]
     x: Tensor,  # [V, bd, bh, bw, C]
@@ -227,12 +230,10 @@ def _(deferred, x, mean, scale, shift, index, voxels, sample_offsets, sizes, slo
     return x.new_empty(x.shape)
 
 
-def affine_tables(
-    weight: Optional[Tensor], bias: Optional[Tensor], mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scale and shift [N, C] of the centred features."""
-    scale = rstd if weight is None else (rstd * weight).to(rstd.dtype)
-    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).repeat(len(mean), 1)
+def affine_tables(weight: Optional[Tensor], bias: Optional[Tensor], rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift [N, C] of the centred features, in memory of their own."""
+    scale = rstd.clone() if weight is None else (rstd * weight).to(rstd.dtype)
+    shift = torch.zeros_like(rstd) if bias is None else torch.empty_like(rstd).copy_(bias)
     return scale, shift
 
 
@@ -259,43 +260,65 @@ def group_sum(table: Tensor, groups: int) -> Tensor:
 SAVED_X, SAVED_Y = 0, 1
 
 
-def _normalize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _normalize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, residual, mean, rstd, count, index, voxels, sample_offsets, sizes, slope, *rest = inputs
+    y, scale, shift = output
     # The sign of the activation follows from x alone, unless there was a residual.
-    y = output if residual is not None and slope != 1.0 else None
-    ctx.save_for_backward(x, y, weight, bias, mean, rstd, count, index, voxels, sample_offsets)
+    saved_y = y if residual is not None and slope != 1.0 else None
+    ctx.save_for_backward(x, saved_y, mean, rstd, scale, shift, count, index, voxels, sample_offsets)
+    ctx.mark_non_differentiable(scale, shift)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
     ctx.sizes, ctx.slope = sizes, slope
     ctx.over, ctx.groups, ctx.synchronise, ctx.backend = rest
 
 
-def _normalize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, y, weight, bias, mean, rstd, count, index, voxels, sample_offsets = ctx.saved_tensors
+def _normalize_backward(ctx: Any, grad: Optional[Tensor], *of_tables: None) -> tuple[Any, ...]:
+    if grad is None:  # nothing that follows has a gradient
+        return (None,) * 16
+    x, y, mean, rstd, scale, shift, count, index, voxels, sample_offsets = ctx.saved_tensors
     geometry = (index, voxels, sample_offsets, ctx.sizes)
-    scale, shift = affine_tables(weight, bias, mean, rstd)
     before, of_grad, of_product = norm_grad_sums(
         grad, x, y, mean, rstd, scale, shift, *geometry, ctx.slope, ctx.backend
     )
     del y  # it may have been computed just for this, and the next gradient is as large
     if ctx.slope != 1.0:
         grad = before
-    grad_weight = None if weight is None else of_product.sum(0).to(weight.dtype)
-    grad_bias = None if bias is None else of_grad.sum(0).to(bias.dtype)
+    grad_weight, grad_bias = (
+        None if dtype is None else _sum_samples(table).to(dtype)
+        for dtype, table in zip(ctx.dtypes, (of_product, of_grad), strict=True)
+    )
     grad_residual = grad if ctx.needs_input_grad[3] else None
     grad_x = None
     if ctx.needs_input_grad[0]:
-        if weight is not None:
-            of_grad, of_product = ((table * weight).to(mean.dtype) for table in (of_grad, of_product))
-        if ctx.over == "nothing":
-            offset = tilt = torch.zeros_like(mean)
-        else:
-            per_value = rstd / count.clamp(min=1)
-            sums = torch.cat([of_grad, of_product], 1)
-            # One reduction for both tables: across ranks its latency counts, not its size.
-            shared = sum_shared(sums, ctx.over, 2 * ctx.groups, ctx.synchronise)
-            offset, tilt = (part * per_value for part in shared.chunk(2, 1))
-        tables = (scale, offset.contiguous(), tilt.contiguous())
-        grad_x = norm_grad_input(grad, x, mean, rstd, *tables, *geometry, ctx.backend)
+        tables = _of_statistics(ctx, of_grad, of_product, scale, count)
+        grad_x = norm_grad_input(grad, x, mean, rstd, scale, *tables, *geometry, ctx.backend)
     return grad_x, grad_weight, grad_bias, grad_residual, *(None,) * 12
+
+
+def _sum_samples(table: Tensor) -> Tensor:
+    """[N, C] -> [C]."""
+    return table[0] if len(table) == 1 else table.sum(0)
+
+
+def _of_statistics(
+    ctx: Any, of_grad: Tensor, of_product: Tensor, scale: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the derivatives of mean and rstd subtract from the gradient: offset and tilt [N, C].
+
+    What is summed has rstd and count in common, so they may be multiplied before.
+    """
+    if ctx.over == "nothing":
+        zeros = torch.zeros_like(scale)
+        return zeros, zeros
+    share = scale / count
+    offset, tilt = of_grad * share, of_product * share
+    if ctx.over == "sample" and ctx.groups == scale.shape[1]:
+        return offset, tilt
+    # One reduction for both tables: across ranks its latency counts, not its size.
+    shared = sum_shared(torch.cat([offset, tilt], 1), ctx.over, 2 * ctx.groups, ctx.synchronise)
+    offset, tilt = (part.expand_as(scale).contiguous() for part in shared.chunk(2, 1))
+    return offset, tilt
 
 
 normalize.register_autograd(_normalize_backward, setup_context=_normalize_setup)

@@ -2,11 +2,11 @@
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from ..backends import Backend, PoolProblem, WindowGeometry, call
 from .conv import load_operands, save_operands
+from .custom_operator import custom_operator
 
 
 def _problem(x: Tensor, kind: str, geometry: WindowGeometry) -> PoolProblem:
@@ -23,7 +23,7 @@ def _problem(x: Tensor, kind: str, geometry: WindowGeometry) -> PoolProblem:
     )
 
 
-@torch.library.custom_op("s3d_kernels::pool3d", mutates_args=())
+@custom_operator("s3d_kernels::pool3d")
 def pool3d(
     x: Tensor,  # [Vi, *source_block, C]
     source_index: Tensor,
@@ -48,7 +48,7 @@ def _(x, source_index, source_voxels, target_index, target_voxels, table, sizes,
     return x.new_empty(target_index.shape[0], *geometry.target_block, x.shape[-1])
 
 
-@torch.library.custom_op("s3d_kernels::pool3d_grad", mutates_args=())
+@custom_operator("s3d_kernels::pool3d_grad")
 def pool3d_grad(
     grad: Tensor,  # [Vo, *target_block, C]
     x: Optional[Tensor],  # [Vi, *source_block, C], for "max" only

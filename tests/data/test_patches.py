@@ -67,8 +67,6 @@ def test_another_seed_gives_other_samples(store: VolumeStore) -> None:
     assert not any(torch.equal(dataset(store)[i]["image"], dataset(store, seed=1)[i]["image"]) for i in range(8))
 
 
-# Python 3.12 warns of forks in processes with threads; a forked worker is what this is about.
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_workers_and_resumed_runs_give_the_same_samples(store: VolumeStore, start_method: str) -> None:
     samples = dataset(store)
@@ -237,7 +235,6 @@ def test_split_keeps_the_images_of_a_subject_together(store: VolumeStore, seed: 
     assert split_cases(with_subjects(store, ["a", "a", "a"]), 0.5, seed) == ([0, 1, 2], [])
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("augmented", [False, True])
 def test_loader_speed_counts_what_is_decompressed(store: VolumeStore, augmented: bool) -> None:
     speed = loader_speed(store.folder, (32, 32, 32), augmented=augmented, seconds=0.2)

@@ -13,9 +13,6 @@ from s3d import preprocessing
 from s3d.cli import main
 from s3d.data import VolumeStore, loader_speed
 
-# Python 3.12 warns of forks in processes with threads; a data loader is measured with a forked worker.
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
 WriteNifti = Callable[..., Path]
 MakeHead = Callable[..., NDArray[np.float32]]
 

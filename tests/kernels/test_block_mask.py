@@ -1,12 +1,18 @@
 """BlockMask: constructors, tables, resolutions."""
 
+from __future__ import annotations
+
+import gc
 import math
+import weakref
 
 import oracle
 import pytest
 import torch
 
-from s3d_kernels import BlockMask
+from s3d_kernels import BlockMask, BlockSparseTensor, functional
+from s3d_kernels.backends import WindowGeometry
+from s3d_kernels.block_mask import Triple
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -142,3 +148,57 @@ def test_upsample_and_to() -> None:
     assert not mask.same_layout(BlockMask.from_voxels(mask.to_dense(), 2))
     aligned = BlockMask.random(1, 2, 4, 0.5)
     assert aligned.downsample(2).upsample(2).same_layout(aligned)
+
+
+def test_complement() -> None:
+    aligned = BlockMask.random(3, (2, 3, 2), (4, 2, 8), (0.0, 1.0), generator())
+    partly = BlockMask.from_voxels(torch.rand(2, 9, 10, 7, generator=generator()) < 0.4, (4, 1, 2))
+    for mask in (aligned, partly, BlockMask.random(2, 2, 4, 0.0), BlockMask.random(2, 2, 4, 1.0)):
+        rest = mask.complement()
+        assert torch.equal(rest.to_dense(), ~mask.to_dense())
+        assert (rest.block, rest.shape) == (mask.block, mask.shape)
+    assert aligned.complement().voxels is None
+
+
+def test_layers_that_are_alike_share_their_windows_and_others_do_not() -> None:
+    mask, other = BlockMask.random(1, 3, 4, 0.5, generator(0)), BlockMask.random(1, 3, 4, 0.5, generator(1))
+    three, one = (3, 3, 3), (1, 1, 1)
+
+    def windows(target: BlockMask, kernel_size: Triple = three, stride: Triple = one) -> WindowGeometry:
+        return functional._window_geometry(mask, target, kernel_size, stride, tuple(k // 2 for k in kernel_size))
+
+    first = windows(mask)
+    assert windows(mask) is first
+    assert windows(mask, (5, 3, 3)).kernel_size == (5, 3, 3)
+    half = windows(mask.downsample(2), stride=(2, 2, 2))
+    assert half.target_block == (2, 2, 2)
+    assert windows(mask.downsample(2), stride=(2, 2, 2)) is half
+    assert windows(other).target_index is other.index
+    assert windows(mask).target_index is mask.index
+    with torch.inference_mode():
+        table = windows(mask, (11, 11, 11)).table
+    assert table.is_inference()
+    assert not windows(mask, (11, 11, 11)).table.is_inference()
+
+
+def test_kept_windows_do_not_keep_their_mask() -> None:
+    mask = BlockMask.random(1, 2, 4, 0.5)
+    functional._window_geometry(mask, mask, (3, 3, 3), (1, 1, 1), (1, 1, 1))
+    functional._window_geometry(mask, mask.downsample(2), (3, 3, 3), (2, 2, 2), (1, 1, 1))
+    gc.disable()
+    try:
+        gone = weakref.ref(mask)
+        del mask
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_volume_that_does_not_fit_is_refused_again_and_again() -> None:
+    mask = BlockMask.random(1, 1, 5, 0.0)
+    x = BlockSparseTensor(torch.zeros(1, 5, 5, 5, 2), mask)
+    weight = torch.zeros(2, 2, 2, 2, 2)
+    functional.sparse_conv3d(x, weight, padding="same")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a last incomplete window would be dropped"):
+            functional.sparse_conv3d(x, weight, stride=2)

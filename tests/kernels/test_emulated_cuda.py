@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from s3d_kernels import BlockMask, BlockSparseTensor, functional, use_backend
-from s3d_kernels.backends import BlocksProblem, ConvProblem, NormProblem, PoolProblem
+from s3d_kernels.backends import BlocksProblem, ConvProblem, NormProblem, PoolProblem, UpconvProblem
 from s3d_kernels.backends.first_use import disagreement
 from s3d_kernels.backends.native import CUDA, NativeBackend
 from s3d_kernels.backends.native_library import NativeLibrary
@@ -180,7 +180,7 @@ def test_double_precision_is_refused_by_name(emulated: NativeBackend) -> None:
         functional.sparse_conv3d(x, torch.zeros(2, 2, 1, 1, 1, dtype=torch.float64), backend=emulated.name)
 
 
-@pytest.mark.parametrize("operator", ["conv3d", "norm", "pool3d", "blocks"])
+@pytest.mark.parametrize("operator", ["conv3d", "norm", "pool3d", "blocks", "upconv3d"])
 def test_the_check_of_the_first_use(operator: str, emulated: NativeBackend) -> None:
     """Right kernels pass in every dtype; each wrong one is named and disabled, with a warning."""
     library = emulated._libraries["cpu"]
@@ -191,12 +191,14 @@ def test_the_check_of_the_first_use(operator: str, emulated: NativeBackend) -> N
         "norm": ["norm_statistics", "norm_apply", "norm_grad_sums", "norm_grad_input"],
         "pool3d": ["pool3d", "pool3d_grad"],
         "blocks": ["gather_blocks", "scatter_blocks"],
+        "upconv3d": ["conv3d", "conv3d_grad_input", "conv3d_grad_weight"],  # of which it is made
     }
     problem = {
         "conv3d": ConvProblem("cpu", torch.float32, 4, 4, 1, (3, 3, 3), (1, 1, 1), (1, 1, 1), (4, 4, 4), False),
         "norm": NormProblem("cpu", torch.float32, 4, (4, 4, 4), False),
         "pool3d": PoolProblem("cpu", torch.float32, 4, "avg", (2, 2, 2), (2, 2, 2), (0, 0, 0), (4, 4, 4), False),
         "blocks": BlocksProblem("cpu", torch.float32, 4, (4, 4, 4), False),
+        "upconv3d": UpconvProblem("cpu", torch.float32, 4, 4),
     }[operator]
     for name in functions[operator]:
         faulty = FaultyBackend(name, library)

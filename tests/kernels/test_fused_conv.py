@@ -447,6 +447,21 @@ def test_an_eager_activation_before_a_compiled_convolution() -> None:
     torch.testing.assert_close(got, last(first(features())).blocks)
 
 
+def test_no_gradient_comes_from_what_follows(backend: NativeBackend) -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    convolution = layer()[0]
+    Stop.apply(convolution(features()).blocks).sum().backward()
+    assert convolution.weight.grad is None
+
+
 # ---- operators
 
 
@@ -471,7 +486,7 @@ def test_opcheck(emulated: NativeBackend) -> None:
     for function, arguments in operator_calls(emulated.name):
         # They are for eager mode, and the values of normalize_deferred are anything.
         utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(function, arguments, test_utils=utils)
+        torch.library.opcheck(function.definition, arguments, test_utils=utils)
 
 
 def test_what_cannot_be_fused_is_refused(emulated: NativeBackend) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +199,22 @@ def test_an_eager_norm_before_a_compiled_convolution() -> None:
     compiled = torch.compile(lambda t: conv(t).blocks, fullgraph=True, backend="aot_eager")
     y = F.leaky_relu(layer(features()))
     torch.testing.assert_close(compiled(y), conv(y).blocks)
+
+
+class _Stop(torch.autograd.Function):
+    """The identity, without gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+def test_no_gradient_comes_from_what_follows() -> None:
+    layer, x = norm_layer(), features()
+    _Stop.apply(F.leaky_relu(layer(x), 0.1).blocks).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None

@@ -10,6 +10,7 @@ from torch import Tensor
 import s3d_kernels as sk
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, backends, use_backend
 
+from . import test_upconv
 from .test_fused_conv import BLOCK
 from .test_operators import CASES, MASKS, Case, assert_close, expected, run, seeded, tolerances
 
@@ -64,6 +65,16 @@ def test_fused_residual_block_against_the_oracle(name: str, kernels: str) -> Non
     for i, (a, b, c) in enumerate(zip(got, expected(BLOCK, mask), again, strict=True)):
         assert_close(a, b, torch.float32, 3e-5, f"result {i}")
         assert torch.equal(a, c), f"result {i}: other bits in another run, or from masked voxels"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upconv_against_two_steps(backend: str, dtype: torch.dtype) -> None:
+    skip_if_unavailable(backend, dtype)
+    # What the bias of the transposed convolution contributes is convolved by cuDNN, whose gradients may vary in bits.
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for name in test_upconv.SHAPES:
+            test_upconv.check(name, dtype, (), backend, "cuda")
 
 
 class Block(torch.nn.Module):

@@ -26,23 +26,27 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "unbiased variance": ("backends/torch_gather.py", "correction=0", "correction=1"),
     "squares without the spread of the means": ("backends/torch_gather.py", "squares + count * deviation.square()", "squares"),
     "fill gradient over all voxels": ("operators/blocks.py", "torch.where(visible > 0, 0, grad)", "grad"),
-    "neighbour columns in another order": ("block_mask.py", "padded[n, z + dz, y + dy, x + dx]", "padded[n, z + dx, y + dy, x + dz]"),
+    "neighbour columns in another order": ("block_mask.py", "windows[n, z, y, x]", "windows[n, z, y, x].transpose(1, 3)"),
     "maximum sees padding": ("backends/torch_gather.py", "-math.inf) if any(geometry.padding) else windows", "0) if any(geometry.padding) else windows"),
-    "norm gradient without its mean term": ("operators/norm.py", "offset.contiguous(), tilt", "0 * offset.contiguous(), tilt"),
-    "sign of the activation from the wrong side": ("operators/norm.py", "y = output if residual", "y = residual if residual"),
+    "norm gradient without its mean term": ("operators/norm.py", "offset, tilt = of_grad * share", "offset, tilt = 0 * of_grad * share"),
+    "sign of the activation from the wrong side": ("operators/norm.py", "saved_y = y if residual", "saved_y = residual if residual"),
     "features computed again without activation": ("recompute.py", "*block, self.slope, self", "*block, 1.0, self"),
     "features computed again without residual": ("recompute.py", "*tables, residual, *block", "*tables, None, *block"),
     "convolution computed again without bias": ("recompute.py", "self.weight, self.bias, *self", "self.weight, None, *self"),
     "recipe in the place of another tensor": ("operators/norm.py", "SAVED_X, SAVED_Y = 0, 1", "SAVED_X, SAVED_Y = 1, 0"),
     "bias forgotten in reference": ("backends/reference.py", "F.conv3d(dense, weight, bias,", "F.conv3d(dense, weight, None,"),
+    "phases from the wrong positions": ("backends/stacked_phases.py", "part[:, p : p + d,", "part[:, 1 - p : 1 - p + d,"),
+    "phases in another order": ("backends/stacked_phases.py", "y[:, p::2, q::2, r::2]", "y[:, r::2, q::2, p::2]"),
+    "product of weights in the wrong tap": ("fused_upconv.py", "permute(1, 3, 5, 6, 7, 0, 2, 4)", "permute(1, 3, 5, 6, 7, 0, 4, 2)"),
+    "border of a constant forgotten": ("fused_upconv.py", "y = background.add_border(y)", "pass"),
 }  # fmt: skip
 
 
 def suite(package: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """A small part of the operator suite against a copy of the package."""
-    chosen = "(against_the_oracle and float32) or gradients_of_blocks"
+    chosen = "(against_the_oracle or equals_two_steps) and float32 or gradients_of_blocks"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-    command += [str(HERE / "test_operators.py"), str(HERE / "test_block_sparse.py")]
+    command += [str(HERE / name) for name in ("test_upconv.py", "test_operators.py", "test_block_sparse.py")]
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
 

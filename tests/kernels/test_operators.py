@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3d_kernels import REGISTRY, BlockMask, BlockSparseTensor, functional, use_backend
 from s3d_kernels.backends import BlocksProblem
 from s3d_kernels.block_sparse import block_geometry
-from s3d_kernels.operators import blocks, conv, norm, pool
+from s3d_kernels.operators import blocks, conv, norm, pool, upconv
+from s3d_kernels.operators.custom_operator import CustomOperator
 
 # Relative l2 error of a whole tensor, or twice that of torch's dense operator in the same dtype, where that is larger
 # (its half-precision convolutions on the CPU add up many products in half precision). A single voxel's row may be off
@@ -332,9 +335,9 @@ def test_gradcheck(case: Case, backend: str) -> None:
             torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
+def operator_calls(name: str) -> list[tuple[CustomOperator, tuple[Any, ...]]]:
     """Every custom operator with arguments for opcheck."""
-    calls: list[tuple[object, tuple[object, ...]]] = []
+    calls: list[tuple[CustomOperator, tuple[Any, ...]]] = []
     for mask in (MASKS["side 4, unequal"](), MASKS["voxels"]()):
         geometry = block_geometry(mask)
         where = (geometry.index, geometry.voxels, geometry.sample_offsets, geometry.sizes(), name)
@@ -375,6 +378,16 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
             (pool.pool3d_grad, (grad, x.detach(), *tensors, "max", 27, name)),
             (pool.pool3d_grad, (grad, None, *tensors, "avg", 27, name)),
         ]
+    volume = torch.randn(2, 3, 1, 2, 4, requires_grad=True)
+    weight, bias = torch.randn(2, 2, 2, 6, 4, 2, 2, 2, requires_grad=True), torch.randn(6, requires_grad=True)
+    fine = torch.randn(2, 6, 2, 4, 6, requires_grad=True)
+    calls += [
+        (upconv.upconv3d, (volume, weight, bias, name)),
+        (upconv.upconv3d, (torch.randn(2, 4, 3, 1, 2).permute(0, 2, 3, 4, 1), weight.detach(), None, name)),
+        (upconv.upconv3d_grad_input, (fine, weight, name)),
+        (upconv.upconv3d_grad_input, (torch.randn(2, 6, 6, 2, 4).permute(0, 2, 3, 4, 1), weight, name)),
+        (upconv.upconv3d_grad_weight, (fine, volume, name)),
+    ]
     return calls
 
 
@@ -384,6 +397,41 @@ def operator_calls(name: str) -> list[tuple[object, tuple[object, ...]]]:
 def test_opcheck(backend: str) -> None:
     checked = set()
     for operator, arguments in operator_calls(backend):
-        torch.library.opcheck(operator, arguments)  # type: ignore[arg-type]
-        checked.add(operator._name)  # type: ignore[attr-defined]
-    assert len(checked) == 12
+        torch.library.opcheck(operator.definition, arguments)
+        checked.add(operator.name)
+    assert len(checked) == 15
+
+
+class LooksOn(TorchDispatchMode):
+    """Sees operators and lets them be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_who_looks_on_sees_operators_with_the_same_results(backend: str) -> None:
+    for operator, arguments in operator_calls(backend):
+        leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+
+        def compute(operator: CustomOperator = operator, arguments: Any = arguments, leaves: Any = leaves) -> list[Any]:
+            result = operator(*arguments)
+            results = [result] if isinstance(result, Tensor) else list(result)
+            outputs = [r for r in results if r.requires_grad]
+            if not outputs:
+                return results
+            upstream = [draw(r.shape, 5 + i, r.dtype) for i, r in enumerate(outputs)]
+            return [*results, *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)]
+
+        alone = compute()
+        with LooksOn() as mode:
+            seen = compute()
+        assert operator.name in mode.seen
+        assert len(alone) == len(seen)
+        for a, b in zip(alone, seen, strict=True):
+            assert (a is b is None) or torch.equal(a, b)

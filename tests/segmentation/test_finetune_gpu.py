@@ -13,8 +13,11 @@ from small_dataset import write_dataset
 from s3d.memory_model import dense_step_memory
 from s3d.segmentation.finetune import finetune
 from s3d.segmentation.finetune_config import FinetuneConfig
-from s3d.segmentation.metrics import dice
 from s3d.segmentation.predict import PredictConfig, load_segmentation, predict
+from s3d.segmentation.prepared_case import prepare_case
+from s3d.segmentation.raw_dataset import find_cases
+from s3d.segmentation.restoring import restore
+from s3d.segmentation.windows import predict_logits
 from s3d.training_log import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -51,17 +54,35 @@ def test_a_gpu_trains_like_a_cpu(precision: str, tmp_path: Path) -> None:
     assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-2 if precision == "float32" else 5e-2)
 
 
+# Of logits whose mean is 2.6: some ten times what multiplying in TF32 instead of float32 changes in this network.
+NEAR = 0.02
+
+
 def test_predictions_are_those_of_a_cpu(tmp_path: Path) -> None:
+    """Every voxel has the class that it has on a CPU, but where two classes are so near that rounding decides."""
     config = configure(tmp_path, "cuda", steps=40)
     checkpoint = finetune(config).checkpoint
+    images = config.dataset / "imagesTr"
     for device in ("cpu", "cuda"):
-        images = config.dataset / "imagesTr"
         predict(
             PredictConfig(checkpoint, images=images, output_dir=tmp_path / f"on-{device}", device=device, mirror=True)
         )
-    for file in sorted((tmp_path / "on-cpu").glob("*.nii.gz")):
-        maps = [np.asarray(nib.load(tmp_path / f"on-{device}" / file.name).dataobj) for device in ("cpu", "cuda")]
-        assert np.nanmin(dice(maps[1], maps[0], 3)) > 0.99
+    plan, network = load_segmentation(checkpoint)
+    for case in find_cases(images, 1, plan.file_ending):
+        prepared = prepare_case(case, plan)
+        voxels = torch.from_numpy(prepared.voxels)
+        logits = predict_logits(
+            network.eval(), voxels, plan.patch_size, overlap=0.5, mirror=True, device=torch.device("cpu"), batch=1
+        )
+        cpu, cuda = (
+            np.asarray(nib.load(tmp_path / f"on-{device}" / f"{case.name}.nii.gz").dataobj)
+            for device in ("cpu", "cuda")
+        )
+        decided = np.ones(cpu.shape, bool)
+        for favoured in torch.eye(len(logits)).mul(NEAR)[..., None, None, None]:
+            decided &= restore(logits + favoured, prepared.grid, case.images[0]) == cpu
+        assert decided.mean() > 0.99
+        assert np.array_equal(cuda[decided], cpu[decided])
 
 
 def test_memory_is_at_most_what_was_predicted(tmp_path: Path) -> None:

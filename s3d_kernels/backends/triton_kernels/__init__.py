@@ -20,8 +20,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from .. import stacked_phases
 from ..first_use import FirstUseChecks
-from ..interface import BlockGeometry, ConvProblem, PoolKind, Problem, WindowGeometry
+from ..interface import BlockGeometry, ConvProblem, PoolKind, Problem, UpconvProblem, WindowGeometry
 
 # Convolutions of fewer channels a group take (tap, channel) pairs as the rows of their weight's matrix.
 FLAT_CHANNELS = 16
@@ -64,7 +65,7 @@ class TritonBackend:
         if problem.dtype not in DTYPES:
             *others, last = (str(dtype).removeprefix("torch.") for dtype in DTYPES)
             return f"it computes {', '.join(others)} and {last}, not {problem.dtype}"
-        if isinstance(problem, ConvProblem) and min(problem.in_channels, problem.out_channels) < 1:
+        if isinstance(problem, ConvProblem | UpconvProblem) and min(problem.in_channels, problem.out_channels) < 1:
             return "it needs at least one channel"
         return _missing() or (self._checks.reason(problem) if problem.device == "cuda" else None)
 
@@ -111,6 +112,17 @@ class TritonBackend:
 
         with on_device_of(x):
             return conv3d_grad_weight.grad_weight(grad.detach(), x.detach(), geometry, groups)
+
+    # ---- up-convolution
+
+    def upconv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return stacked_phases.upconv3d(self, x, weight, bias)
+
+    def upconv3d_grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return stacked_phases.upconv3d_grad_input(self, grad, weight)
+
+    def upconv3d_grad_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return stacked_phases.upconv3d_grad_weight(self, grad, x)
 
     # ---- pooling
 

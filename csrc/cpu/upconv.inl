@@ -320,7 +320,7 @@ void upconv3d_grad_weight(const Upconv& u, const T* grad, const T* x, T* grad_we
   // Tiles are grouped by the problem alone, so that results do not depend on the threads.
   constexpr int64_t kGroupBytes = int64_t(1) << 20;
   const int64_t of_tile = kPoints * static_cast<int64_t>(sizeof(T)) * (in_channels + panels * panel);
-  const int64_t most = std::max<int64_t>(kGroupBytes / of_tile, 48);
+  const int64_t most = std::max<int64_t>(kGroupBytes / of_tile, kTilesOfPanel);
   const int64_t groups = (tiles.total + most - 1) / most, largest = (tiles.total + groups - 1) / groups;
   // Input channels are cut into whole vectors, few enough that their sums stay in the cache, and for all threads.
   const int64_t wanted = std::max<int64_t>((in_channels + 47) / 48, (2 * threads + panels - 1) / panels);

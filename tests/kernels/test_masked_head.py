@@ -117,8 +117,8 @@ def test_statistics_that_are_known_are_used() -> None:
     features = whole(x)
     count = float(x[0, 0].numel())
     # Those of x + 1, so that one can tell.
-    given = features.with_statistics(x.mean((2, 3, 4)) + 1, x.var((2, 3, 4), correction=0) * count, "native")
-    head = masked_head(given, *parameters[:2], EPS, SLOPE, *parameters[2:], masked, "native").to_dense()
+    features.remember_statistics(x.mean((2, 3, 4)) + 1, x.var((2, 3, 4), correction=0) * count, "native")
+    head = masked_head(features, *parameters[:2], EPS, SLOPE, *parameters[2:], masked, "native").to_dense()
     normalised = F.instance_norm(x, eps=EPS) - (x.var((2, 3, 4), correction=0, keepdim=True) + EPS).rsqrt()
     weight, bias = (t.view(-1, 1, 1, 1) for t in parameters[:2])
     expected = F.conv3d(F.leaky_relu(normalised * weight + bias, SLOPE), *parameters[2:])

@@ -66,7 +66,11 @@ class Background:
         Args:
             weight: [C_out, C, kd, kh, kw], odd sides.
             bias: [C_out].
+        Raises:
+            ValueError: weight has an even side.
         """
+        if any(k % 2 == 0 for k in weight.shape[2:]):
+            raise ValueError(f"weight must be [C_out, C, kd, kh, kw] with odd sides, got {tuple(weight.shape)}")
         sides = zip(self.shape, self.values.shape[1:], weight.shape[2:], strict=True)
         # Each tap to a side makes the shell that differs from the inside one voxel thicker.
         sizes = [min(size, stored + k - 1) for size, stored, k in sides]

@@ -352,10 +352,11 @@ class BlockMask:
         steps = triple(blocks, "blocks", minimum=0)
         if any(e % b for e, b in zip(self.shape, self.block, strict=True)):
             raise ValueError(f"the volume {self.shape} must be made of whole blocks {self.block} to let a mask grow")
+        # With an axis of channels: without, torch refuses no samples.
         near = torch.nn.functional.max_pool3d(
-            self.tables.grid.float(), [2 * n + 1 for n in steps], stride=1, padding=list(steps)
+            self.tables.grid[:, None].float(), [2 * n + 1 for n in steps], stride=1, padding=list(steps)
         )
-        return BlockMask(BlockTables(near > 0), self.block, self.shape, None)
+        return BlockMask(BlockTables(near[:, 0] > 0), self.block, self.shape, None)
 
     def complement(self) -> BlockMask:
         """Mask of the voxels that are not visible, in blocks of the same shape; its tables are its own."""

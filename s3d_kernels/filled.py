@@ -28,11 +28,22 @@ class FilledTensor:
             where the correction grows into a masked block, that is computed as a whole.
         background: what is known.
         margin: voxels, per axis, around the blocks of the correction that are zero although they are stored.
+    Raises:
+        ValueError: the correction's volume is not made of whole blocks, or the background is of another one.
     """
 
     correction: BlockSparseTensor
     background: Background
     margin: Triple = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        mask = self.correction.mask
+        if any(size % side for size, side in zip(mask.shape, mask.block, strict=True)):
+            raise ValueError(f"correction must be of volumes that are made of whole blocks, got {mask}")
+        if self.background.shape != mask.shape:
+            raise ValueError(
+                f"background must be of the volume {mask.shape} of correction, not {self.background.shape}"
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -85,10 +96,15 @@ class _AddBlocks(torch.autograd.Function):
     def forward(ctx: Any, volumes: Tensor, blocks: Tensor, mask: BlockMask) -> Tensor:
         ctx.mask = mask
         total = volumes.detach()
-        parts_of(total, mask.block)[mask.index.long().unbind(1)] += blocks
+        parts_of(total, mask.block)[mask.index.long().unbind(1)] += _visible(blocks, mask)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         blocks = parts_of(grad.contiguous(), ctx.mask.block)[ctx.mask.index.long().unbind(1)]
-        return grad, blocks, None
+        return grad, _visible(blocks, ctx.mask), None
+
+
+def _visible(blocks: Tensor, mask: BlockMask) -> Tensor:
+    """Zeros for what lies at masked voxels of stored blocks: it means nothing."""
+    return blocks if mask.voxels is None else torch.where(mask.voxels[..., None], blocks, 0)

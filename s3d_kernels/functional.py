@@ -61,7 +61,7 @@ def sparse_conv3d(
     visible = x.mask.downsample(steps)
     if target is None:
         target = visible
-    elif (target.block, target.tables.grid.shape) != (visible.block, visible.tables.grid.shape):
+    elif (target.block, target.batch, target.shape) != (visible.block, visible.batch, visible.shape):
         raise ValueError(f"target must lie on the grid of blocks of {visible}, got {target}")
     sizes = conv_padding(kernel_size, steps, padding)
     geometry = _window_geometry(source.mask, target, kernel_size, steps, sizes, whole=padding != "same")

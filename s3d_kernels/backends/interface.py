@@ -72,8 +72,7 @@ class BlocksProblem(NamedTuple):
     operator: str = "blocks"
 
 
-@dataclass(frozen=True)
-class UpconvProblem:
+class UpconvProblem(NamedTuple):
     """An up-convolution of dense volumes."""
 
     device: str

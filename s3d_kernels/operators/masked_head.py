@@ -132,7 +132,7 @@ def masked_head_grad(
     grad = grad.reshape(len(wanted.index), bh * bw, len(weight))
     # At first of the features after norm and affine, zero where nothing is wanted.
     grad_x = torch.zeros_like(x)
-    places = grad_x.view(len(x), depth, height // bh, bh, width // bw, bw, -1).transpose(3, 4)
+    places = grad_x.view(len(x), depth, height // bh, bh, width // bw, bw, x.shape[-1]).transpose(3, 4)
     of_grad, of_product = torch.zeros_like(mean), torch.zeros_like(mean)
     grad_weight = mean.new_zeros(weight.shape)
     for rows, piece in _pieces(wanted, x):
@@ -149,7 +149,7 @@ def masked_head_grad(
         of_product += products
         places[piece.index.long().unbind(1)] = before[:, 0]
     # The statistics are functions of all voxels, so their gradient reaches unwanted voxels too.
-    per_value = (rstd / x[0, ..., 0].numel()) * norm_weight
+    per_value = (rstd / (depth * height * width)) * norm_weight
     offset_and_tilt = ((of_grad * per_value).to(mean.dtype), (of_product * per_value).to(mean.dtype))
     lines, grad_lines = (t.view(-1, 1, 1, *x.shape[3:]) for t in (x, grad_x))
     for rows, piece in _pieces(_everything(x), x):

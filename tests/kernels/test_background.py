@@ -63,3 +63,8 @@ def test_two_backgrounds_as_one() -> None:
     thick = thick.conv3d(draw(3, 3, 3, 3, 3))
     torch.testing.assert_close(thin.cat(thick).to_dense(), torch.cat([thin.to_dense(), thick.to_dense()]))
     torch.testing.assert_close(thick.cat(thin).to_dense(), torch.cat([thick.to_dense(), thin.to_dense()]))
+
+
+def test_even_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^weight must be .* with odd sides, got \(3, 2, 3, 2, 3\)"):
+        Background.constant(draw(2), (7, 6, 5)).conv3d(draw(3, 2, 3, 2, 3))

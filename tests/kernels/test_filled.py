@@ -72,6 +72,11 @@ def test_a_mask_grows_by_whole_blocks(name: str) -> None:
         BlockMask.from_voxels(torch.ones(1, 5, 4, 4, dtype=torch.bool), 4).grow(1)
 
 
+def test_no_samples_grow() -> None:
+    mask = BlockMask.from_grid(torch.ones(0, 2, 3, 2, dtype=torch.bool), 4)
+    assert mask.grow(1).tables.grid.shape == (0, 2, 3, 2)
+
+
 @pytest.mark.parametrize("backend", list(REGISTRY))
 @mask_names
 def test_output_in_other_blocks_than_the_input(name: str, backend: str) -> None:
@@ -107,6 +112,14 @@ def test_targets_elsewhere_are_refused() -> None:
         sparse_conv3d(x, draw(2, 3, 3, 3, 3), None, 1, 1, target=mask.split(4))
 
 
+def test_targets_of_other_volumes_with_as_many_blocks_are_refused() -> None:
+    """A last block may reach beyond the volume."""
+    mask = BlockMask.from_voxels(torch.ones(1, 5, 4, 4, dtype=torch.bool), 4)
+    x = BlockSparseTensor.from_dense(draw(1, 3, *mask.shape), mask)
+    with pytest.raises(ValueError, match="target must lie on the grid of blocks of"):
+        sparse_conv3d(x, draw(2, 3, 3, 3, 3), None, 1, 1, target=BlockMask.random(1, (2, 1, 1), 4, 0.0))
+
+
 @pytest.mark.parametrize("kernels", [[(3, 3, 3)], [(3, 3, 3)] * 3, [(1, 3, 5), (3, 1, 1)]], ids=str)
 @pytest.mark.parametrize("tile", [2, 4])
 @mask_names
@@ -134,3 +147,26 @@ def test_convolutions_of_filled_volumes(name: str, tile: int, kernels: list[tupl
     got, truth = (torch.autograd.grad(y, operands, seed) for y in (filled.to_dense(), dense))
     for i, (a, b) in enumerate(zip(got, truth, strict=True)):
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"operand {i}: {text}")
+
+
+def test_what_lies_at_masked_voxels_of_stored_blocks_means_nothing() -> None:
+    torch.manual_seed(0)
+    mask = BlockMask.from_voxels(torch.rand(2, 8, 8, 8) < 0.3, 4)
+    assert mask.voxels is not None
+    x, fill = draw(mask.batch, 3, *mask.shape).requires_grad_(), draw(3)
+    dense = torch.where(mask.to_dense(), x, fill.view(1, 3, 1, 1, 1))
+    blocks = BlockSparseTensor.from_dense(x - fill.view(1, 3, 1, 1, 1), mask).blocks
+    spoilt = torch.where(mask.voxels[..., None], blocks, torch.nan).detach().requires_grad_()
+    filled = FilledTensor(BlockSparseTensor(spoilt, mask), Background.constant(fill, mask.shape))
+    torch.testing.assert_close(filled.to_dense(), dense)
+    (grad,) = torch.autograd.grad(filled.to_dense().sum(), spoilt)
+    assert torch.equal(grad, mask.voxels[..., None].expand_as(grad).to(grad.dtype))
+
+
+def test_volumes_that_do_not_fit_are_refused() -> None:
+    mask = BlockMask.from_voxels(torch.ones(1, 5, 4, 4, dtype=torch.bool), 4)
+    x = BlockSparseTensor.from_dense(draw(1, 3, *mask.shape), mask)
+    with pytest.raises(ValueError, match=r"^correction must be of volumes that are made of whole blocks"):
+        FilledTensor(x, Background.constant(draw(3), mask.shape))
+    with pytest.raises(ValueError, match=r"^background must be of the volume \(5, 4, 4\) of correction"):
+        FilledTensor(x.split((1, 4, 4)), Background.constant(draw(3), (8, 4, 4)))

@@ -29,7 +29,7 @@ MASKED: dict[str, Callable[[], BlockMask]] = {
 def whole(x: Tensor) -> BlockSparseTensor:
     """[N, C, D, H, W] as one block a sample."""
     blocks = x.permute(0, 2, 3, 4, 1).contiguous()
-    return BlockSparseTensor(blocks, BlockMask.random(len(x), 1, tuple(x.shape[2:]), 0.0))
+    return BlockSparseTensor(blocks, BlockMask.from_grid(torch.ones(len(x), 1, 1, 1).bool(), tuple(x.shape[2:])))
 
 
 def operands(masked: BlockMask, outputs: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -117,13 +117,19 @@ def test_statistics_that_are_known_are_used() -> None:
     features = whole(x)
     count = float(x[0, 0].numel())
     # Those of x + 1, so that one can tell.
-    given = features.with_blocks(features.blocks)
-    given.remember_statistics(x.mean((2, 3, 4)) + 1, x.var((2, 3, 4), correction=0) * count, "native")
-    head = masked_head(given, *parameters[:2], EPS, SLOPE, *parameters[2:], masked, "native").to_dense()
+    features.remember_statistics(x.mean((2, 3, 4)) + 1, x.var((2, 3, 4), correction=0) * count, "native")
+    head = masked_head(features, *parameters[:2], EPS, SLOPE, *parameters[2:], masked, "native").to_dense()
     normalised = F.instance_norm(x, eps=EPS) - (x.var((2, 3, 4), correction=0, keepdim=True) + EPS).rsqrt()
     weight, bias = (t.view(-1, 1, 1, 1) for t in parameters[:2])
     expected = F.conv3d(F.leaky_relu(normalised * weight + bias, SLOPE), *parameters[2:])
     assert_near([head], [torch.where(masked.to_dense(), expected, 0)], 1e-10)
+
+
+def test_no_samples() -> None:
+    masked = BlockMask.from_grid(torch.ones(0, 2, 2, 2, dtype=torch.bool), 4)
+    y, *gradients = with_gradients(lambda *inputs: ours(masked, "native", *inputs), operands(masked, 2, torch.float32))
+    assert y.shape == (0, 2, 8, 8, 8)
+    assert all(not bool(gradient.any()) for gradient in gradients)
 
 
 def test_visible_voxels_count() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
@@ -54,8 +53,8 @@ def decode(
             arguments = (up, stage, x, skip, mask, *ending)
             x = checkpoint(_merge, *arguments, use_reentrant=False) if checkpointed else _merge(*arguments)
         elif kernels:
-            both: Any = (up(x), whole_blocks(skip, mask))  # torch.cat is declared for tensors
-            x = stage(torch.cat(both, 1))
+            # In one expression, so that nothing holds the halves any longer. torch.cat is declared for tensors.
+            x = stage(torch.cat((up(x), whole_blocks(skip, mask)), 1))  # type: ignore[arg-type]
         else:
             x = whole_blocks(stage(torch.cat((up(dense_features(x)), skip), 1)), mask)
     if x.mask is wanted:

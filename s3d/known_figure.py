@@ -17,7 +17,7 @@ import torch
 from s3d_kernels import Background, BlockMask, BlockSparseTensor, FilledTensor
 
 from .figure_file import digest, write_figure
-from .model import TILE
+from .model import TILE_ON_CPU as TILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,8 +28,9 @@ from s3d_kernels import (
 
 from .decoder import decode, dense_features, whole_blocks, whole_mask
 
-# What grows beyond visible voxels grows by whole cells of this side (docs/performance.md).
-TILE = 2
+# What grows beyond visible voxels grows by whole cells of this side. On CPUs small ones cost no more a voxel than large
+# ones; on GPUs they do, and there the stages of small blocks are too small to be worth it (docs/performance.md).
+TILE_ON_CPU, TILE_ELSEWHERE = 2, 8
 
 
 @dataclass(frozen=True)
@@ -226,11 +227,12 @@ class S3D(nn.Module):
         As a background and a correction where this saves work: not for blocks that are hardly larger than their shell.
         """
         token = None if self.mask_tokens is None else self.mask_tokens[stage]
-        known = self.shortcuts and skip.mask.voxels is None and min(skip.mask.block) >= 2 * TILE
+        tile = TILE_ON_CPU if skip.device.type == "cpu" else TILE_ELSEWHERE
+        known = self.shortcuts and skip.mask.voxels is None and min(skip.mask.block) >= 2 * tile
         if known and not torch.compiler.is_compiling():
             vector = skip.blocks.new_zeros(skip.shape[1]) if token is None else token
             correction = skip if token is None else sparse_instance_norm(skip, bias=-token)
-            return FilledTensor(correction.split(TILE), Background.constant(vector, skip.mask.shape))
+            return FilledTensor(correction.split(tile), Background.constant(vector, skip.mask.shape))
         return skip.to_dense() if token is None else sparse_instance_norm(skip).to_dense(fill=token)
 
     def _densify(self, stage: int, skip: FilledTensor | Tensor, kernels: bool) -> FilledTensor | Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,19 @@ from torch import Tensor
 
 from .block_mask import Triple
 
-Region = tuple[slice, ...]  # of [N, D, H, W] or [C, a, b, c]; axes that are left out are taken as a whole
+
+class Region(NamedTuple):
+    """A part of a volume; parts do not overlap.
+
+    Attributes:
+        place: in the volume [N, D, H, W].
+        rows: in the values [C, a, b, c].
+        sizes: to which these are to be expanded; 1 stands for all that the place has along an axis.
+    """
+
+    place: tuple[slice, ...]
+    rows: tuple[slice, ...]
+    sizes: list[int]
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Background:
     def centre(self) -> Tensor:
         """[C]: what all inner voxels have."""
         _, depth, height, width = self.values.shape
-        return self.values[:, depth // 2, height // 2, width // 2]
+        return self.values.flatten(1)[:, (depth // 2 * height + height // 2) * width + width // 2]
 
     def cat(self, other: Background) -> Background:
         """Both, one after the other along the channels."""
@@ -80,19 +92,15 @@ class Background:
         regions = self._shell()
         if not regions:
             return volume
-        rest = self.values - self.centre.view(-1, 1, 1, 1)
-        parts = [_expand_along(rest[stored], sizes) for _, stored, sizes in regions]
-        places = [place for place, _, _ in regions]
-        result: Tensor = _AddRegions.apply(volume, places, *(p.permute(1, 2, 3, 0).to(volume.dtype) for p in parts))
+        result: Tensor = _AddRegions.apply(volume, self.values - self.centre.view(-1, 1, 1, 1), regions)
         return result
 
     def _expand(self, sizes: Sequence[int]) -> Tensor:
-        return _expand_along(self.values, sizes)
+        values: Tensor = _Expand.apply(self.values, sizes)
+        return values
 
-    def _shell(self) -> list[tuple[Region, Region, list[int]]]:
-        """Where the volume differs from the centre: disjoint regions, each with its place in the volume, its place in
-        ``values``, and the size to which that is to be expanded (an axis of 1 stands for all that the place has).
-        """
+    def _shell(self) -> list[Region]:
+        """Where the volume differs from the centre."""
         found = []
         inner = [slice(None)] * 3  # of the volume: what the axes so far have not taken
         middle = [slice(n // 2, n // 2 + 1) for n in self.values.shape[1:]]  # of the values
@@ -106,7 +114,7 @@ class Background:
                 sizes = [1] * axis + [place.stop - place.start] + list(self.shape[axis + 1 :])
                 places = (slice(None), *inner[:axis], place)
                 rows = (slice(None), *middle[:axis], row)
-                found.append((places, rows, sizes))
+                found.append(Region(places, rows, sizes))
             if stored == size and size > 1:
                 break  # all positions of this axis have been taken, and with them the whole volume
             inner[axis] = slice(r, size - r)
@@ -126,18 +134,51 @@ def _expand_along(values: Tensor, sizes: Sequence[int]) -> Tensor:
     return values
 
 
-class _AddRegions(torch.autograd.Function):
-    """Adds [a, b, c, C] to regions of a volume [N, D, H, W, C], in its memory: a copy would cost more than the rest."""
+def _fold_along(grad: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The gradient of that: [C, a, b, c] to [C, *sizes], the middle of each axis that is longer added up."""
+    for axis, size in enumerate(sizes, start=1):
+        expanded = grad.shape[axis]
+        if expanded == size:
+            continue
+        r = size // 2
+        middle = grad.narrow(axis, r, expanded - 2 * r).sum(axis, keepdim=True)
+        grad = torch.cat([grad.narrow(axis, 0, r), middle, grad.narrow(axis, expanded - r, r)], axis) if r else middle
+    return grad
+
+
+# Functions of their own, for autograd would take a dozen steps for each narrow and each expand, and on a GPU there is
+# nothing else to do in these.
+
+
+class _Expand(torch.autograd.Function):
+    """`_expand_along`."""
 
     @staticmethod
-    def forward(ctx: Any, volume: Tensor, places: list[Region], *parts: Tensor) -> Tensor:
-        ctx.places, ctx.shapes = places, [part.shape for part in parts]
+    def forward(ctx: Any, values: Tensor, sizes: Sequence[int]) -> Tensor:
+        ctx.sizes = values.shape[1:]
+        expanded = _expand_along(values, sizes)
+        return expanded.contiguous() if expanded is not values else values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _fold_along(grad, ctx.sizes), None
+
+
+class _AddRegions(torch.autograd.Function):
+    """Adds values [C, a, b, c] to regions of a volume [N, D, H, W, C], in its memory: a copy would cost more."""
+
+    @staticmethod
+    def forward(ctx: Any, volume: Tensor, values: Tensor, regions: list[Region]) -> Tensor:
+        ctx.regions, ctx.shape, ctx.dtype = regions, values.shape, values.dtype
         total = volume.detach()  # with the same count of modifications, so that who kept the volume notices
-        for place, part in zip(places, parts, strict=True):
-            total[place] += part
+        for place, rows, sizes in regions:
+            total[place] += _expand_along(values[rows], sizes).permute(1, 2, 3, 0)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        of_parts = [grad[place].sum_to_size(1, *shape)[0] for place, shape in zip(ctx.places, ctx.shapes, strict=True)]
-        return grad, None, *of_parts
+        of_values = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
+        for place, rows, sizes in ctx.regions:
+            of_place = grad[place].sum_to_size(1, *sizes, grad.shape[-1])[0].to(ctx.dtype).permute(3, 0, 1, 2)
+            of_values[rows] = _fold_along(of_place, of_values[rows].shape[1:])
+        return grad, of_values, None

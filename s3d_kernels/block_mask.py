@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -54,7 +55,10 @@ class BlockTables:
         self.rows = torch.where(grid, grid.flatten().cumsum(0).view(grid.shape) - 1, -1).to(torch.int32)
         counts = grid.flatten(1).sum(1)
         self.sample_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-        self.neighbours = neighbour_table(self.index, self.rows, (1, 1, 1))
+
+    @functools.cached_property
+    def neighbours(self) -> Tensor:
+        return neighbour_table(self.index, self.rows, (1, 1, 1))
 
 
 def neighbour_table(
@@ -334,10 +338,10 @@ class BlockMask:
             return self
         if self.voxels is not None:
             return BlockMask.from_voxels(self.to_dense(), sides)
-        grid = self.tables.grid
-        for axis, (b, s) in enumerate(zip(self.block, sides, strict=True), start=1):
-            grid = grid.repeat_interleave(b // s, dim=axis)
-        return BlockMask(BlockTables(grid), sides, self.shape, None)
+        n, gd, gh, gw = self.tables.grid.shape
+        fd, fh, fw = (b // s for b, s in zip(self.block, sides, strict=True))
+        cells = self.tables.grid[:, :, None, :, None, :, None].expand(n, gd, fd, gh, fh, gw, fw)
+        return BlockMask(BlockTables(cells.reshape(n, gd * fd, gh * fh, gw * fw)), sides, self.shape, None)
 
     def grow(self, blocks: int | Sequence[int]) -> BlockMask:
         """Mask of all stored blocks, as a whole, and of those at most ``blocks`` away from one along each axis.

@@ -405,7 +405,8 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # Parts without a visible voxel have no row.
-        grad_blocks = grad.new_zeros(ctx.shape)
+        complete = grad.shape[:-1].numel() == ctx.shape[:-1].numel()
+        grad_blocks = grad.new_empty(ctx.shape) if complete else grad.new_zeros(ctx.shape)
         parts_of(grad_blocks, ctx.part)[ctx.saved_tensors] = grad
         return grad_blocks, *(None,) * (1 + len(ctx.saved_tensors))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -109,34 +111,42 @@ def phase_weights(up_weight: Tensor, weight: Tensor) -> Tensor:
     Source: Toom-Cook as in Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (CVPR 2016), section 4.
     """
     _check_weights(up_weight, weight)
+    channels, middle, channels_low = len(weight), len(weight[0]), len(up_weight)
     with torch.autocast(weight.device.type, enabled=False):
-        left = _wide(weight).permute(2, 3, 4, 0, 1).contiguous()
-        right = _wide(up_weight).permute(2, 3, 4, 1, 0).contiguous()
-        for axis in range(3):
-            left = torch.stack(_values_of_three(*left.unbind(axis)), axis)
-            right = torch.stack(_values_of_two(*reversed(right.unbind(axis))), axis)
-        sums = left @ right  # at 4 * 4 * 4 points, [C, C_low] each
-        for axis in range(3):
-            sums = torch.stack(_coefficients(*sums.unbind(axis)), axis)
-    by_axis = sums.view(2, 2, 2, 2, 2, 2, len(weight), len(up_weight))  # tap and phase along each axis
-    return by_axis.permute(1, 3, 5, 6, 7, 0, 2, 4).contiguous()
+        of_taps, of_sub_voxels, to_phases = _transforms(_wide(weight).dtype, weight.device)
+        left = (of_taps @ _wide(weight).permute(2, 3, 4, 0, 1).reshape(27, -1)).view(64, channels, middle)
+        right = (of_sub_voxels @ _wide(up_weight).permute(2, 3, 4, 1, 0).reshape(8, -1)).view(64, middle, channels_low)
+        sums = (to_phases @ (left @ right).view(64, -1)).view(2, 2, 2, 2, 2, 2, channels, channels_low)
+    return sums.permute(0, 1, 2, 6, 7, 3, 4, 5).contiguous()
 
 
-# A polynomial is known by its values at 0, 1, -1 and infinity, where the value is the coefficient of the highest power.
+def _transforms(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices [64, 27], [64, 8] and [64, 64]: taps and sub-voxels to values at points, these to phases and taps.
+
+    A polynomial is known by its values at 0, 1, -1 and infinity, where the value is the coefficient of the highest
+    power; those of a product are products.
+    """
+    if torch.compiler.is_compiling():
+        return _make_transforms(dtype, device)
+    return _kept_transforms(dtype, device)
 
 
-def _values_of_three(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
-    outer = a + c
-    return [a, outer + b, outer - b, c]
+@functools.lru_cache
+def _kept_transforms(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # Whoever calls first may be in inference mode, and the others not.
+    with torch.inference_mode(False):
+        return _make_transforms(dtype, device)
 
 
-def _values_of_two(a: Tensor, b: Tensor) -> list[Tensor]:
-    return [a, a + b, a - b, b]
-
-
-def _coefficients(at_0: Tensor, at_1: Tensor, at_minus_1: Tensor, at_infinity: Tensor) -> list[Tensor]:
-    even, odd = (at_1 + at_minus_1) / 2, (at_1 - at_minus_1) / 2
-    return [at_0, odd - at_infinity, even - at_0, at_infinity]
+def _make_transforms(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    of_three = [[1, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 1]]
+    of_two = [[0, 1], [1, 1], [-1, 1], [1, 0]]  # the sub-voxels the other way round
+    coefficients = [[1, 0, 0, 0], [0, 0.5, -0.5, -1], [-1, 0.5, 0.5, 0], [0, 0, 0, 1]]  # of power 2 t + p
+    three, two, back = (torch.tensor(rows, dtype=dtype, device=device) for rows in (of_three, of_two, coefficients))
+    # Along three axes, the rows of the last in the order of phases before taps.
+    cube = torch.kron(torch.kron(back, back), back).view(2, 2, 2, 2, 2, 2, 64)
+    to_phases = cube.permute(1, 3, 5, 0, 2, 4, 6).reshape(64, 64)
+    return torch.kron(torch.kron(three, three), three), torch.kron(torch.kron(two, two), two), to_phases
 
 
 def _wide(parameter: Tensor) -> Tensor:

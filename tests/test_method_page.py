@@ -28,7 +28,8 @@ from s3d.known_figure import (
     known_figure,
     values_of_ones,
 )
-from s3d.model import TILE, build_unet
+from s3d.model import TILE_ON_CPU as TILE
+from s3d.model import build_unet
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "method.md").read_text()

@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <new>
 #include <numeric>

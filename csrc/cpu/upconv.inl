@@ -65,61 +65,48 @@ inline void transform_upconv_weights(const T* taps, int64_t tap_stride, bool fli
   }
 }
 
-// Tiles of 3x3x3 coarse voxels, in order; the last ones of an axis may hang over the border.
+// Tiles of 3x3x3 coarse voxels, in order; the last ones of an axis may hang over the border. Forward, coarse voxels are
+// gathered and fine ones written; transposed (gradient of the input) the reverse.
 struct UpconvTiles {
-  explicit UpconvTiles(const Upconv& u) : batch(u.batch), coarse(u.shape) {
+  UpconvTiles(const Upconv& u, bool transposed) : transposed(transposed), coarse(u.shape) {
     fine = {2 * coarse.d, 2 * coarse.h, 2 * coarse.w};
     const auto cut = [](int64_t side) { return (side + kUpconvTile - 1) / kUpconvTile; };
     counts = {cut(coarse.d), cut(coarse.h), cut(coarse.w)};
-    total = batch * counts.volume();
+    total = u.batch * counts.volume();
   }
 
-  // The voxels begin + step * i, i in [0, SIDE), of each axis, -1 outside the volume.
+  // The 4x4x4 voxels that a phase of a tile gathers, and the 3x3x3 that it writes; -1 outside the volume.
+  void gathered(int64_t tile, int phase, int64_t* voxels) const {
+    if (transposed) return list<4>(tile, phase, 2, {0, -1}, fine, voxels);
+    list<4>(tile, phase, 1, {-1, 0}, coarse, voxels);
+  }
+  void written(int64_t tile, int phase, int64_t* voxels) const {
+    if (transposed) return list<3>(tile, phase, 1, {0, 0}, coarse, voxels);
+    list<3>(tile, phase, 2, {0, 1}, fine, voxels);
+  }
+
+  // Along each axis SIDE voxels, `step` apart, the first moved by what `shifts` says for the phase's parity.
   template <int SIDE>
-  static void list(int64_t sample, const int64_t* begin, int64_t step, const Triple& volume, int64_t* voxels) {
-    for (int i = 0; i < SIDE * SIDE * SIDE; ++i) {
-      const int64_t z = begin[0] + step * (i / SIDE / SIDE), y = begin[1] + step * (i / SIDE % SIDE);
-      const int64_t x = begin[2] + step * (i % SIDE);
-      const bool inside = z >= 0 && z < volume.d && y >= 0 && y < volume.h && x >= 0 && x < volume.w;
-      voxels[i] = inside ? ((sample * volume.d + z) * volume.h + y) * volume.w + x : -1;
-    }
-  }
-
-  // Of a tile: its sample and first coarse voxel, times `scale`, plus what `shift` says for the parity of each axis.
-  template <typename Shift>
-  int64_t place(int64_t tile, int phase, int64_t scale, const Shift& shift, int64_t* begin) const {
+  void list(int64_t tile, int phase, int64_t step, const std::array<int64_t, 2>& shifts, const Triple& volume,
+            int64_t* voxels) const {
+    constexpr int64_t kOutside = -(int64_t(1) << 60);  // makes any sum negative
+    int64_t offsets[3][SIDE], stride = 1;
     for (int axis = 2; axis >= 0; --axis) {
-      begin[axis] = tile % counts[axis] * kUpconvTile * scale + shift(phase >> (2 - axis) & 1);
+      const int64_t first = tile % counts[axis] * kUpconvTile * step + shifts[phase >> (2 - axis) & 1];
+      for (int i = 0; i < SIDE; ++i) {
+        const int64_t at = first + step * i;
+        offsets[axis][i] = at >= 0 && at < volume[axis] ? at * stride : kOutside;
+      }
+      stride *= volume[axis];
       tile /= counts[axis];
     }
-    return tile;
+    for (int i = 0; i < SIDE * SIDE * SIDE; ++i) {
+      const int64_t at = offsets[0][i / SIDE / SIDE] + offsets[1][i / SIDE % SIDE] + offsets[2][i % SIDE];
+      voxels[i] = at < 0 ? -1 : tile * stride + at;  // what is left of the tile's number is its sample
+    }
   }
 
-  // The 4x4x4 coarse voxels that a phase of a tile reads, and the 3x3x3 fine ones that it writes.
-  void inputs(int64_t tile, int phase, int64_t* voxels) const {
-    int64_t begin[3];
-    const int64_t sample = place(tile, phase, 1, [](int p) { return p - 1; }, begin);
-    list<4>(sample, begin, 1, coarse, voxels);
-  }
-  void outputs(int64_t tile, int phase, int64_t* voxels) const {
-    int64_t begin[3];
-    const int64_t sample = place(tile, phase, 2, [](int p) { return p; }, begin);
-    list<3>(sample, begin, 2, fine, voxels);
-  }
-
-  // The same for the gradient of the input: the 4x4x4 fine voxels of a phase, and the 3x3x3 coarse ones.
-  void gradients(int64_t tile, int phase, int64_t* voxels) const {
-    int64_t begin[3];
-    const int64_t sample = place(tile, phase, 2, [](int p) { return -p; }, begin);
-    list<4>(sample, begin, 2, fine, voxels);
-  }
-  void input_gradients(int64_t tile, int64_t* voxels) const {
-    int64_t begin[3];
-    const int64_t sample = place(tile, 0, 1, [](int) { return 0; }, begin);
-    list<3>(sample, begin, 1, coarse, voxels);
-  }
-
-  int64_t batch;
+  bool transposed;
   Triple coarse, fine, counts;
   int64_t total;
 };
@@ -162,6 +149,15 @@ inline void transform_upconv_outputs(const int64_t* voxels, const T* products, i
   }
 }
 
+// Lines of a tile's voxels are too far apart for the processor to see what comes next: asks for `channels` of each.
+template <typename T, int COUNT>
+inline void prefetch(const int64_t* voxels, const T* x, int64_t stride, int64_t channels) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int i = 0; i < COUNT; ++i) {
+    for (int64_t c = 0; c < channels && voxels[i] >= 0; c += line) __builtin_prefetch(x + voxels[i] * stride + c);
+  }
+}
+
 // The weight of one phase.
 template <typename T>
 inline const T* weight_of_phase(const Upconv& u, const T* weight, int phase) {
@@ -174,7 +170,7 @@ template <typename T>
 void convolve_phases(const Upconv& u, bool transposed, const T* gathered, const T* weight, const T* bias, T* written,
                        int threads) {
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
-  const UpconvTiles tiles(u);
+  const UpconvTiles tiles(u, transposed);
   if (tiles.total == 0) return;
   const int64_t depth = transposed ? u.out_channels : u.in_channels, wide = transposed ? u.in_channels : u.out_channels;
   const int64_t panels = (wide + panel - 1) / panel;
@@ -195,15 +191,19 @@ void convolve_phases(const Upconv& u, bool transposed, const T* gathered, const 
 #pragma omp parallel num_threads(threads)
   for (int64_t group = 0; group < groups; ++group) {
     T *packed = all_packed.mine(), *points = all_points.mine();
-    int64_t voxels[kPoints];
+    int64_t voxels[kPoints], next[kPoints];
     const int64_t begin = tiles.total * group / groups, total = tiles.total * (group + 1) / groups - begin;
     for (int phase = 0; phase < kPhases; ++phase) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < total; ++i) {
-        transposed ? tiles.gradients(begin + i, phase, voxels) : tiles.inputs(begin + i, phase, voxels);
+        const int64_t tile = begin + i, after = begin + std::min(i + 1, total - 1);
+        tiles.gathered(tile, phase, voxels);
+        tiles.gathered(after, phase, next);
         for (int64_t s = 0; s < slices; ++s) {
-          transform_inputs(voxels, gathered + s * slice, depth, std::min(slice, depth - s * slice),
-                           inputs.data + s * kPoints * input_stride + i * slice, input_stride);
+          const T* from = gathered + s * slice;
+          const int64_t count = std::min(slice, depth - s * slice);
+          prefetch<T, kPoints>(next, from, depth, count);
+          transform_inputs(voxels, from, depth, count, inputs.data + s * kPoints * input_stride + i * slice, input_stride);
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -224,7 +224,7 @@ void convolve_phases(const Upconv& u, bool transposed, const T* gathered, const 
           }
           if (transposed && phase < kPhases - 1) continue;
           for (int64_t i = 0; i < count; ++i) {
-            transposed ? tiles.input_gradients(begin + first + i, voxels) : tiles.outputs(begin + first + i, phase, voxels);
+            tiles.written(begin + first + i, phase, voxels);
             transform_upconv_outputs(voxels, products + i * panel, product_stride, bias, written, wide, p * panel,
                                      std::min(wide, (p + 1) * panel));
           }
@@ -313,17 +313,14 @@ inline void transform_upconv_weight_gradient(const typename Vector<T>::type* poi
 template <typename T>
 void upconv3d_grad_weight(const Upconv& u, const T* grad, const T* x, T* grad_weight, int threads) {
   constexpr int64_t panel = Vector<T>::panel, lanes = Vector<T>::lanes;
-  const UpconvTiles tiles(u);
+  const UpconvTiles tiles(u, false);
+  if (tiles.total == 0) return void(std::fill_n(grad_weight, u.weights(), T(0)));
   const int64_t in_channels = u.in_channels, out_channels = u.out_channels;
-  if (tiles.total == 0) {
-    std::fill_n(grad_weight, kPhases * out_channels * in_channels * 8, T(0));
-    return;
-  }
   const int64_t panels = (out_channels + panel - 1) / panel;
   // Tiles are grouped by the problem alone, so that results do not depend on the threads.
   constexpr int64_t kGroupBytes = int64_t(1) << 20;
   const int64_t of_tile = kPoints * static_cast<int64_t>(sizeof(T)) * (in_channels + panels * panel);
-  const int64_t most = std::max<int64_t>(kGroupBytes / of_tile, 48);
+  const int64_t most = std::max<int64_t>(kGroupBytes / of_tile, kTilesOfPanel);
   const int64_t groups = (tiles.total + most - 1) / most, largest = (tiles.total + groups - 1) / groups;
   // Input channels are cut into whole vectors, few enough that their sums stay in the cache, and for all threads.
   const int64_t wanted = std::max<int64_t>((in_channels + 47) / 48, (2 * threads + panels - 1) / panels);
@@ -352,18 +349,25 @@ void upconv3d_grad_weight(const Upconv& u, const T* grad, const T* x, T* grad_we
   };
 #pragma omp parallel num_threads(threads)
   for (int phase = 0; phase < kPhases; ++phase) {
-    int64_t voxels[kPoints];
+    int64_t voxels[kPoints], next[kPoints];
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = tiles.total * group / groups, total = tiles.total * (group + 1) / groups - begin;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < total; ++i) {
-        tiles.inputs(begin + i, phase, voxels);
+        const int64_t tile = begin + i, after = begin + std::min(i + 1, total - 1);
+        tiles.gathered(tile, phase, voxels);
+        tiles.gathered(after, phase, next);
         for (int64_t r = 0; r < cuts; ++r) {
-          transform_inputs(voxels, x + r * rows, in_channels, std::min(rows, in_channels - r * rows),
+          const int64_t count = std::min(rows, in_channels - r * rows);
+          prefetch<T, kPoints>(next, x + r * rows, in_channels, count);
+          transform_inputs(voxels, x + r * rows, in_channels, count,
                            inputs.data + r * kPoints * input_stride + i * rows, input_stride);
         }
-        tiles.outputs(begin + i, phase, voxels);
+        tiles.written(tile, phase, voxels);
+        tiles.written(after, phase, next);
         for (int64_t p = 0; p < panels; ++p) {
+          const int64_t count = std::min(panel, out_channels - p * panel);
+          prefetch<T, kUpconvOutputs>(next, grad + p * panel, out_channels, count);
           transform_upconv_gradients(voxels, grad, out_channels, p * panel, (p + 1) * panel,
                                      gradients.data + p * kPoints * gradient_stride + i * panel, gradient_stride);
         }

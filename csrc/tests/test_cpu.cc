@@ -941,9 +941,10 @@ void check_large_windows() {
 
 // Tiles of 3x3x3 hang over the border or do not; few of them, and enough for several groups.
 void check_upconvolutions(int64_t every) {
-  const Upconv problems[] = {{1, {10, 11, 10}, 34, 20}, {1, {1, 1, 1}, 1, 1},    {2, {1, 2, 3}, 3, 5},
+  const Upconv problems[] = {{1, {13, 11, 10}, 34, 20}, {1, {1, 1, 1}, 1, 1},    {2, {1, 2, 3}, 3, 5},
                              {1, {3, 6, 3}, 17, 33},    {2, {2, 4, 5}, 6, 50},   {1, {4, 3, 2}, 66, 3},
-                             {1, {7, 5, 8}, 20, 18},    {3, {4, 1, 2}, 1, 33},   {2, {2, 3, 3}, 34, 64}};
+                             {1, {7, 5, 8}, 20, 18},    {3, {4, 1, 2}, 1, 33},   {2, {2, 3, 3}, 34, 64},
+                             {0, {2, 2, 2}, 3, 4}};
   constexpr int64_t all = sizeof problems / sizeof problems[0];
   Random random(3);
   for (int64_t i = 0; i < all; i += every) {

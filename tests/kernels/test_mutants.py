@@ -37,8 +37,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "bias forgotten in reference": ("backends/reference.py", "F.conv3d(dense, weight, bias,", "F.conv3d(dense, weight, None,"),
     "phases from the wrong positions": ("backends/stacked_phases.py", "part[:, p : p + d,", "part[:, 1 - p : 1 - p + d,"),
     "phases in another order": ("backends/stacked_phases.py", "y[:, p::2, q::2, r::2]", "y[:, r::2, q::2, p::2]"),
-    "product of weights in the wrong tap": ("fused_upconv.py", "permute(1, 3, 5, 6, 7, 0, 2, 4)", "permute(1, 3, 5, 6, 7, 0, 4, 2)"),
-    "border of a constant forgotten": ("fused_upconv.py", "y = background.add_border(y)", "pass"),
+    "product of weights in the wrong tap": ("fused_upconv.py", "sums.permute(0, 1, 2, 6, 7, 3, 4, 5)", "sums.permute(0, 1, 2, 6, 7, 3, 5, 4)"),
+    "border of a constant forgotten": ("fused_upconv.py", "y = known.add_border(y)", "pass"),
 }  # fmt: skip
 
 

@@ -77,7 +77,12 @@ class FilledTensor:
         Args:
             volume: [N, D, H, W, C], contiguous; its memory becomes that of the result: not to be used any more.
         Returns: the sum, with gradients for both.
+        Raises:
+            ValueError: volume is of another shape.
         """
+        batch, channels, *sizes = self.shape
+        if tuple(volume.shape) != (batch, *sizes, channels):
+            raise ValueError(f"volume must be {[batch, *sizes, channels]}, got {list(volume.shape)}")
         volume = self.background.add_border(volume)
         result: Tensor = _AddBlocks.apply(volume, self.correction.blocks.to(volume.dtype), self.correction.mask)
         return result

@@ -170,3 +170,12 @@ def test_volumes_that_do_not_fit_are_refused() -> None:
         FilledTensor(x, Background.constant(draw(3), mask.shape))
     with pytest.raises(ValueError, match=r"^background must be of the volume \(5, 4, 4\) of correction"):
         FilledTensor(x.split((1, 4, 4)), Background.constant(draw(3), (8, 4, 4)))
+
+
+def test_volumes_of_another_shape_are_not_added_to() -> None:
+    mask = MASKS["half"]()
+    filled = FilledTensor(
+        BlockSparseTensor.from_dense(draw(2, 3, *mask.shape), mask), Background.constant(draw(3), mask.shape)
+    )
+    with pytest.raises(ValueError, match=r"^volume must be \[2, 16, 24, 16, 3\], got \[3, 16, 24, 16, 3\]"):
+        filled.add_beyond_centre(draw(3, *mask.shape, 3))

@@ -27,7 +27,8 @@ OF_OPERATOR = {
     ours.upconv3d: UP,
     ours.upconv3d_grad_input: UP,
     ours.upconv3d_grad_weight: UP,
-    torch.ops.aten.mm: PHASE_WEIGHTS, torch.ops.aten.bmm: PHASE_WEIGHTS,
+    torch.ops.aten.mm: PHASE_WEIGHTS,
+    torch.ops.aten.bmm: PHASE_WEIGHTS,
 }
 
 

@@ -12,6 +12,7 @@ from .backends import current_backend
 from .background import Background
 from .filled import FilledTensor
 from .functional import autocast_dtype, check_vector
+from .operators.custom_operator import somebody_looks_on
 
 
 def fused_upconv3d(
@@ -126,7 +127,7 @@ def _transforms(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tenso
     A polynomial is known by its values at 0, 1, -1 and infinity, where the value is the coefficient of the highest
     power; those of a product are products.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or somebody_looks_on():  # who may be making tensors that are none
         return _make_transforms(dtype, device)
     return _kept_transforms(dtype, device)
 

@@ -58,7 +58,7 @@ class CustomOperator:
         self._function = type(self.name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _somebody_looks_on():
+        if torch.compiler.is_compiling() or somebody_looks_on():
             return self.definition(*args)
         requires_grad = False
         for argument in args:
@@ -79,7 +79,7 @@ def custom_operator(name: str) -> Callable[[Callable[..., Any]], CustomOperator]
     return lambda body: CustomOperator(name, body)
 
 
-def _somebody_looks_on() -> bool:
+def somebody_looks_on() -> bool:
     """Whether a mode, a transform or a tracer is set that may want to see operators."""
     return (
         torch._C._len_torch_dispatch_stack() > 0

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s3d_kernels import explain, fused_upconv3d, phase_weights, tuning
+from s3d_kernels import explain, fused_upconv, fused_upconv3d, phase_weights, tuning
 from s3d_kernels.backends import UpconvProblem
 from s3d_kernels.backends.measurements import drop_dependents
 from s3d_kernels.backends.native import NativeBackend
@@ -292,3 +293,11 @@ def test_phases_use_every_product_once() -> None:
     along = torch.tensor([[1.0, 2.0], [2.0, 1.0]])  # [phase, tap] along an axis
     assert torch.equal(weights, torch.einsum("ai,bj,ck->abcijk", along, along, along))
     assert int(weights.sum()) == 27 * 8
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    fused_upconv._kept_transforms.cache_clear()
+    with FakeTensorMode():
+        assert phase_weights(torch.empty(2, 3, 2, 2, 2), torch.empty(4, 3, 3, 3, 3)).shape == (2, 2, 2, 4, 2, 2, 2, 2)
+    phases = phase_weights(torch.ones(2, 3, 2, 2, 2), torch.ones(4, 3, 3, 3, 3))
+    assert float(phases.sum()) == 8 * 27 * 3 * 8

@@ -222,6 +222,17 @@ def test_shortcuts_where_nothing_is_fused() -> None:
     assert_same(results_of(model, x, mask, "native"), truth, 1e-10)
 
 
+def test_the_step_is_one_compiled_graph() -> None:
+    """Compiled it is the plain computation, and what only the loss wants breaks no graph."""
+    model = tiny()
+    mask = BlockMask.random(1, 2, 8, 0.6, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1, *mask.shape, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = model(x, mask)
+        model.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(model(x, mask, masked_only=True), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("name", MASKS)
 def test_masked_voxels_alone(name: str, backend: str) -> None:

@@ -22,13 +22,15 @@ from s3d.model import S3D
 UP, SKIP, PHASE_WEIGHTS = "decoder, upsampled half", "decoder, skip half", "decoder, phase weights"
 PARTS = ("encoder", "densification", UP, SKIP, PHASE_WEIGHTS, "head")
 ours = torch.ops.s3d_kernels
-# Of those whose weight is a product of weights, and of that product, which is counted as it is computed: by points.
+# Of those whose weight is a product of weights, and of that product, which is counted as it is computed: by points,
+# with the transforms to them and back.
 OF_OPERATOR = {
     ours.upconv3d: UP,
     ours.upconv3d_grad_input: UP,
     ours.upconv3d_grad_weight: UP,
     torch.ops.aten.mm: PHASE_WEIGHTS,
     torch.ops.aten.bmm: PHASE_WEIGHTS,
+    torch.ops.aten.mm: PHASE_WEIGHTS,
 }
 
 

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 # stage: in the dense part (decoder, densification and their gradients) by our kernels and by others, and, where a voxel
 # is visible, in the encoder. Fitted to measured steps (docs/performance.md, "Memory of a step").
 DENSE_NATIVE, DENSE, VISIBLE = 5.7, 8.5, 3.7
+# The same for our kernels with shortcuts, which let the part that is known go and, where a voxel is visible, hold the
+# correction and its shell: bounds of what was measured.
+SHORT_NATIVE, SHORT_VISIBLE = 3.1, 7.5
 # The same for a plain U-Net that is trained without masks (measured: 13.5 to 17 in float32), and the share of the
 # bytes that it takes in half precision (measured: 0.64 to 0.7).
 DENSE_ALONE, HALF_PRECISION = 17.0, 0.7
@@ -59,7 +62,10 @@ def step_memory(config: PretrainConfig, device: torch.device) -> StepMemory:
     visible = 1 - low if config.sparse else 1.0
     with use_backend(config.backend):
         native = device.type == "cpu" and computes_natively(torch.empty(0, 1))
-    values = _features(preset_shape(config.preset)) * ((DENSE_NATIVE if native else DENSE) + VISIBLE * visible)
+    everywhere, shown = (DENSE_NATIVE if native else DENSE), VISIBLE
+    if native and config.shortcuts and config.sparse and not config.compile:
+        everywhere, shown = SHORT_NATIVE, SHORT_VISIBLE
+    values = _features(preset_shape(config.preset)) * (everywhere + shown * visible)
     size = 4 if config.precision == "float32" else 2
     return StepMemory(weights=_weights(config, model), patch=int(math.prod(config.patch_size) * values * size))
 

@@ -213,7 +213,7 @@ class S3D(nn.Module):
         kernels = _kernels_are_faster(x)
         skips = [self._fill(stage, skip) for stage, skip in enumerate(features)]
         skips = [self._densify(stage, skip, kernels) for stage, skip in enumerate(skips)]
-        return self._decode(skips, kernels, mask.complement() if masked_only and mask.voxels is None else None)
+        return self._decode(skips, kernels, mask if masked_only and mask.voxels is None else None)
 
     def checkpoint_activations(self) -> None:
         """From now on keep only what goes into each stage of encoder and decoder; backward computes the rest again."""
@@ -245,11 +245,13 @@ class S3D(nn.Module):
         y: Tensor = dense_features(layer(whole_blocks(skip, whole_mask(skip)))) if kernels else layer(skip)
         return y
 
-    def _decode(self, skips: list[FilledTensor | Tensor], kernels: bool, wanted: BlockMask | None) -> Tensor:
-        """The reconstruction [N, C, D, H, W]; where it is not `wanted` (default: everywhere) it may be zero."""
+    def _decode(self, skips: list[FilledTensor | Tensor], kernels: bool, unwanted: BlockMask | None) -> Tensor:
+        """The reconstruction [N, C, D, H, W]; where it is `unwanted` (default: nowhere) it may be zero."""
         if not kernels and not any(isinstance(skip, FilledTensor) for skip in skips):
             reconstruction: Tensor = self.unet.decoder(skips)
             return reconstruction
+        # Not before: a new mask would break a compiled graph, which never comes here.
+        wanted = None if unwanted is None else unwanted.complement()
         return decode(self.unet.decoder, skips, kernels=kernels, wanted=wanted, checkpointed=self.checkpointed)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from s3d.pretrain_config import PretrainConfig, machine_config
 
 GIB = 2**30
 MEASURE = """
-import gc, torch
+import gc, sys, torch
 from pathlib import Path
 from s3d.loss import masked_mse
 from s3d.masking import MaskSampler
@@ -25,7 +26,7 @@ def status(key):
     return int(line.split()[1]) * 1024
 
 torch.set_num_threads(2)
-model = S3D(build_unet("small"))
+model = S3D(build_unet("small"), shortcuts=sys.argv[1] == "True")
 def step(side):
     x = torch.randn(1, 1, side, side, side)
     mask = MaskSampler((side,) * 3, 16, 0.75, 0)(1, 0)
@@ -34,7 +35,7 @@ def step(side):
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    masked_mse(model(x, mask), x, mask).backward()
+    masked_mse(model(x, mask, masked_only=True), x, mask).backward()
     return status("VmHWM") - before
 step(32)
 print(step(96))
@@ -42,13 +43,33 @@ print(step(96))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
-def test_prediction_is_near_what_a_step_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shortcuts", [True, False])
+def test_prediction_is_near_what_a_step_takes(shortcuts: bool, tmp_path: Path) -> None:
     # What is freed goes back to the system at once: otherwise fragmentation decides.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
-    command = [sys.executable, "-c", MEASURE]
+    command = [sys.executable, "-c", MEASURE, str(shortcuts)]
     taken = int(subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment).stdout)
-    config = PretrainConfig(output_dir=tmp_path, preset="small", patch_size=(96, 96, 96), mask_block=16)
+    config = PretrainConfig(
+        output_dir=tmp_path, preset="small", patch_size=(96, 96, 96), mask_block=16, shortcuts=shortcuts
+    )
     assert step_memory(config, torch.device("cpu")).patch == pytest.approx(taken, rel=0.25)
+
+
+def test_shortcuts_count_where_they_are_taken() -> None:
+    """Not in compiled graphs, not without sparse, and where they were not measured not yet."""
+
+    def patch(device: str = "cpu", **settings: Any) -> int:
+        config = PretrainConfig(output_dir=Path("y"), preset="tiny", **settings)
+        return step_memory(config, torch.device(device)).patch
+
+    assert patch() < 0.9 * patch(shortcuts=False)
+    for settings in (
+        {"compile": True},
+        {"sparse": False, "mask_tokens": False, "densify": False},
+        {"backend": "torch"},
+    ):
+        assert patch(**settings) == patch(**settings, shortcuts=False)
+    assert patch("cuda") == patch("cuda", shortcuts=False)
 
 
 def test_weights_of_the_published_network() -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3d.loss import masked_mse
 from s3d.masking import MaskSampler
-from s3d.model import PRESETS, S3D, build_unet
+from s3d.model import PRESETS, S3D, NetworkShape, build_network, build_unet
 from s3d_kernels import BlockMask, BlockSparseTensor, use_backend
 
 ROWS = [
@@ -207,6 +207,30 @@ def test_shortcuts_change_nothing(name: str, backend: str, row: int) -> None:
     got = results_of(model, x, mask, backend)
     model.shortcuts = False
     assert_same(got, truth, 1e-5, results_of(model, x, mask, backend))
+
+
+def test_shortcuts_where_nothing_is_fused() -> None:
+    """Strides of one axis or two: the up-convolution is two, and the halves of the weight are taken apart."""
+    torch.manual_seed(0)
+    shape = NetworkShape((4, 6, 8), (1, 1, 1), ((1, 1, 1), (1, 2, 2), (2, 2, 2)), ((1, 3, 3), (3, 3, 3), (3, 3, 3)))
+    model = S3D(build_network(shape, 1, 1)).double()
+    mask = BlockMask.random(2, (2, 2, 3), (8, 16, 16), 0.6, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 1, *mask.shape, dtype=torch.float64)
+    model.shortcuts = False
+    truth = results_of(model, x, mask, "torch")
+    model.shortcuts = True
+    assert_same(results_of(model, x, mask, "native"), truth, 1e-10)
+
+
+def test_the_step_is_one_compiled_graph() -> None:
+    """Compiled it is the plain computation, and what only the loss wants breaks no graph."""
+    model = tiny()
+    mask = BlockMask.random(1, 2, 8, 0.6, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1, *mask.shape, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = model(x, mask)
+        model.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(model(x, mask, masked_only=True), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

@@ -72,9 +72,8 @@ def test_up_convolution() -> None:
 
     pairs = 2 * meets(1) * meets(2) * meets(3)
     product = 2 * 64 * 5 * 4 * 3
+    transforms = 2 * 64 * (27 * 5 * 4 + 8 * 4 * 3 + 64 * 5 * 3)  # by constants, which have no gradient
     forward, both = counted(lambda: fused_upconv3d(x, up_weight, None, weight, None))
-    # Taps, sub-voxels and products are transformed by matrices, of which there is no gradient.
-    transforms = 2 * 64 * (27 * 5 * 4 + 8 * 4 * 3 + 64 * 5 * 3)
     assert forward == 2 * pairs * 3 * 5 + product + transforms
     assert both == 3 * forward - transforms
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -50,15 +49,18 @@ class BlockTables:
     """
 
     def __init__(self, grid: Tensor) -> None:
+        self._neighbours: Tensor | None = None
         self.grid = grid
         self.index = grid.nonzero().to(torch.int32, memory_format=torch.contiguous_format)
         self.rows = torch.where(grid, grid.flatten().cumsum(0).view(grid.shape) - 1, -1).to(torch.int32)
         counts = grid.flatten(1).sum(1)
         self.sample_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
 
-    @functools.cached_property
+    @property
     def neighbours(self) -> Tensor:
-        return neighbour_table(self.index, self.rows, (1, 1, 1))
+        if self._neighbours is None:  # not a cached_property: its lock breaks compiled graphs in Python 3.11
+            self._neighbours = neighbour_table(self.index, self.rows, (1, 1, 1))
+        return self._neighbours
 
 
 def neighbour_table(

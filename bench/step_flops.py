@@ -30,7 +30,6 @@ OF_OPERATOR = {
     ours.upconv3d_grad_weight: UP,
     torch.ops.aten.mm: PHASE_WEIGHTS,
     torch.ops.aten.bmm: PHASE_WEIGHTS,
-    torch.ops.aten.mm: PHASE_WEIGHTS,
 }
 
 

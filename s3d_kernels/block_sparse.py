@@ -180,7 +180,7 @@ class BlockSparseTensor:
             )
         if x.device != mask.device:
             raise ValueError(f"x and mask must be on one device, got {x.device} and {mask.device}")
-        return cls(gather_blocks(x, *_block_arguments(mask), backend or current_backend()), mask)
+        return cls(gather_blocks(x, *block_arguments(mask), backend or current_backend()), mask)
 
     def to_dense(self, fill: float | Tensor = 0.0, backend: str | None = None) -> Tensor:
         """The dense tensor [N, C, D, H, W] in channels-last memory.
@@ -197,7 +197,7 @@ class BlockSparseTensor:
         elif fill.shape != (channels,):
             raise ValueError(f"fill must be a number or a vector of {channels} channels, got shape {tuple(fill.shape)}")
         fill = fill.to(self.blocks.dtype)
-        dense: Tensor = scatter_blocks(self.blocks, fill, *_block_arguments(self.mask), backend or current_backend())
+        dense: Tensor = scatter_blocks(self.blocks, fill, *block_arguments(self.mask), backend or current_backend())
         return dense
 
     # ---- what other code asks of a tensor
@@ -419,7 +419,8 @@ def parts_of(volumes: Tensor, part: tuple[int, int, int]) -> Tensor:
     return cut.permute(0, 1, 3, 5, 2, 4, 6, 7)
 
 
-def _block_arguments(mask: BlockMask) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:
+def block_arguments(mask: BlockMask) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:
+    """What ``gather_blocks`` and ``scatter_blocks`` take between their operands and the backend."""
     geometry = block_geometry(mask)
     return geometry.index, geometry.voxels, geometry.sample_offsets, geometry.sizes()
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import current_backend
 from .background import Background
 from .block_mask import BlockMask, Triple
-from .block_sparse import BlockSparseTensor, parts_of
+from .block_sparse import BlockSparseTensor, block_arguments, parts_of
 from .functional import sparse_conv3d
+from .operators import gather_blocks
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class FilledTensor:
         if tuple(volume.shape) != (batch, *sizes, channels):
             raise ValueError(f"volume must be {[batch, *sizes, channels]}, got {list(volume.shape)}")
         volume = self.background.add_border(volume)
-        result: Tensor = _AddBlocks.apply(volume, self.correction.blocks.to(volume.dtype), self.correction.mask)
+        blocks, mask = self.correction.blocks.to(volume.dtype), self.correction.mask
+        result: Tensor = _AddBlocks.apply(volume, blocks, mask, current_backend())
         return result
 
     def to_dense(self) -> Tensor:
@@ -98,18 +101,14 @@ class _AddBlocks(torch.autograd.Function):
     """Adds blocks [V, bd, bh, bw, C] to volumes [N, D, H, W, C], in their memory, see `background._AddRegions`."""
 
     @staticmethod
-    def forward(ctx: Any, volumes: Tensor, blocks: Tensor, mask: BlockMask) -> Tensor:
-        ctx.mask = mask
+    def forward(ctx: Any, volumes: Tensor, blocks: Tensor, mask: BlockMask, backend: str) -> Tensor:
+        ctx.where = (*block_arguments(mask), backend)
         total = volumes.detach()
-        parts_of(total, mask.block)[mask.index.long().unbind(1)] += _visible(blocks, mask)
+        if mask.voxels is not None:  # what lies at masked voxels of stored blocks means nothing
+            blocks = torch.where(mask.voxels[..., None], blocks, 0)
+        parts_of(total, mask.block)[mask.index.long().unbind(1)] += blocks
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        blocks = parts_of(grad.contiguous(), ctx.mask.block)[ctx.mask.index.long().unbind(1)]
-        return grad, _visible(blocks, ctx.mask), None
-
-
-def _visible(blocks: Tensor, mask: BlockMask) -> Tensor:
-    """Zeros for what lies at masked voxels of stored blocks: it means nothing."""
-    return blocks if mask.voxels is None else torch.where(mask.voxels[..., None], blocks, 0)
+        return grad, gather_blocks(grad.permute(0, 4, 1, 2, 3), *ctx.where), None, None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from s3d import decoder
 from s3d.loss import masked_mse
 from s3d.masking import MaskSampler
 from s3d.model import PRESETS, S3D, NetworkShape, build_network, build_unet
@@ -242,6 +243,21 @@ def test_masked_voxels_alone(name: str, backend: str) -> None:
     truth = results_of(model, x, mask, backend)
     truth["reconstruction"] = torch.where(mask.to_dense(), 0, truth["reconstruction"])
     assert_same(results_of(model, x, mask, backend, masked_only=True), truth, 1e-10)
+
+
+def test_checkpointed_activations_reach_filled_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = MASKS["60 %"]()
+    model = tiny()
+    model.checkpoint_activations()
+    merged: list[object] = []
+
+    def spy(function: Any, up: Any, *arguments: Any, **options: Any) -> Any:
+        merged.append(up)
+        return function(up, *arguments)
+
+    monkeypatch.setattr(decoder, "checkpoint", spy)
+    model(torch.randn(mask.batch, 1, *mask.shape), mask)
+    assert merged == list(model.unet.decoder.transpconvs)
 
 
 def test_shortcuts_with_checkpointed_activations() -> None:

@@ -166,6 +166,8 @@ def test_operators_of_forward_lie_in_ranges_of_their_layers(recorded: tuple[Prof
     # Features of large blocks are a background and a correction, those of small ones dense.
     assert {("normalize", "mask_tokens.0"), ("scatter_blocks", "mask_tokens.2")} <= named
     assert {("conv3d", "densify.1"), ("conv3d", "decoder")} <= named
+    # Training wants masked voxels alone.
+    assert ("masked_head", "decoder") in named
     # Norms run within the activation or addition that follows; they bear their own names all the same.
     normalized = {layer for name, layer in named if name.startswith("normalize") and layer.startswith("encoder")}
     norms = {"stem.convs.0.norm", *(f"stages.{s}.blocks.0.{c}.norm" for s in range(3) for c in ("conv1", "conv2"))}

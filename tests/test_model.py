@@ -245,6 +245,17 @@ def test_masked_voxels_alone(name: str, backend: str) -> None:
     assert_same(results_of(model, x, mask, backend, masked_only=True), truth, 1e-10)
 
 
+def test_stages_whose_up_convolution_is_fused() -> None:
+    """Of the published network the three finest: further down the product of the weights costs more than it saves."""
+    with torch.device("meta"):
+        unet = build_unet("resenc-l")
+    pays = [
+        decoder._fusing_pays(up, stage.convs[0].conv.weight, (10 * 2**number) ** 3)
+        for number, (up, stage) in enumerate(zip(unet.decoder.transpconvs, unet.decoder.stages, strict=True))
+    ]
+    assert pays == [False, False, True, True, True]
+
+
 def test_checkpointed_activations_reach_filled_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = MASKS["60 %"]()
     model = tiny()

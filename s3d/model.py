@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
@@ -27,32 +28,42 @@ from s3d_kernels import (
 )
 
 from .decoder import decode, dense_features, whole_blocks, whole_mask
+from .networks.encoder_decoder import EncoderDecoder
 
 # What grows beyond visible voxels grows by whole cells of this side. On CPUs small ones cost no more a voxel than large
 # ones; on GPUs they do, and there the stages of small blocks are too small to be worth it (docs/performance.md).
 TILE_ON_CPU, TILE_ELSEWHERE = 2, 8
 
 
+Architecture = Literal["resenc", "convnext", "mednext", "swin-unetr"]
+
+
 @dataclass(frozen=True)
 class Preset:
-    """Size of a ResEnc U-Net.
+    """Size of a network.
 
     Attributes:
         features: channels of each stage, from full resolution down.
         blocks: residual blocks of each encoder stage.
         strides: stride of each stage; their product is the smallest mask block.
         kernel_size: of all convolutions.
+        architecture: of which these are sizes.
     """
 
     features: tuple[int, ...]
     blocks: tuple[int, ...]
     strides: tuple[int, ...]
     kernel_size: int = 3
+    architecture: Architecture = "resenc"
 
     @property
     def total_stride(self) -> int:
         """Voxels of the input that one voxel of the lowest resolution stands for, along each axis."""
         return math.prod(self.strides)
+
+
+# All have the halves that `EncoderDecoder` describes.
+Network = ResidualEncoderUNet | EncoderDecoder
 
 
 PRESETS: dict[str, Preset] = {
@@ -69,19 +80,21 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """Shape of a ResEnc U-Net whose axes may differ.
+    """Shape of a network whose axes may differ.
 
     Attributes:
         features: channels of each stage, from full resolution down.
         blocks: residual blocks of each encoder stage.
         strides: of each stage, (depth, height, width).
         kernel_sizes: of all convolutions of each stage, (depth, height, width).
+        architecture: see `s3d.networks`.
     """
 
     features: tuple[int, ...]
     blocks: tuple[int, ...]
     strides: tuple[tuple[int, int, int], ...]
     kernel_sizes: tuple[tuple[int, int, int], ...]
+    architecture: Architecture = "resenc"
 
 
 def preset_shape(preset: str) -> NetworkShape:
@@ -98,11 +111,12 @@ def preset_shape(preset: str) -> NetworkShape:
         blocks=size.blocks,
         strides=tuple((stride, stride, stride) for stride in size.strides),
         kernel_sizes=((size.kernel_size,) * 3,) * len(size.features),
+        architecture=size.architecture,
     )
 
 
-def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> ResidualEncoderUNet:
-    """The ResEnc U-Net of a preset, see :func:`build_network`.
+def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> Network:
+    """The network of a preset, see :func:`build_network`.
 
     Raises:
         ValueError: no such preset.
@@ -112,8 +126,10 @@ def build_unet(preset: str, in_channels: int = 1, out_channels: int = 1) -> Resi
 
 def build_network(
     shape: NetworkShape, in_channels: int, out_channels: int, *, deep_supervision: bool = False
-) -> ResidualEncoderUNet:
-    """A ResEnc U-Net, initialised as nnU-Net does (He normal, last norm of a residual branch zero).
+) -> Network:
+    """A network of an architecture and shape, with the two halves that `EncoderDecoder` describes.
+
+    A ResEnc U-Net is initialised as nnU-Net does (He normal, last norm of a residual branch zero).
 
     Args:
         shape: of the network.
@@ -121,6 +137,8 @@ def build_network(
         out_channels: of its output.
         deep_supervision: whether it returns the outputs of all decoder stages, the finest first.
     """
+    if shape.architecture != "resenc":
+        raise NotImplementedError(shape.architecture)
     unet = ResidualEncoderUNet(
         input_channels=in_channels,
         n_stages=len(shape.features),
@@ -162,7 +180,7 @@ class S3D(nn.Module):
 
     def __init__(
         self,
-        unet: ResidualEncoderUNet,
+        unet: Network,
         *,
         sparse: bool = True,
         mask_tokens: bool = True,

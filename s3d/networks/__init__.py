@@ -1,0 +1,1 @@
+"""Networks beside the ResEnc U-Net, all of the same two halves."""

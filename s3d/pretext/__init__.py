@@ -1,0 +1,1 @@
+"""Methods of pre-training, each in a file of its own behind `method.Pretext`."""

@@ -17,6 +17,7 @@ from .demo import DemoConfig, demo
 from .export_weights import ExportConfig, export
 from .import_weights import ImportConfig, import_weights
 from .preprocessing import PreprocessConfig, preprocess_images
+from .pretext.registry import METHODS
 from .pretrain import pretrain
 from .pretrain_config import PretrainConfig, machine_config
 from .profiling import ProfileConfig, profile
@@ -33,10 +34,13 @@ FIRST = os.environ.get("RANK", "0") == "0"
 def _pretrain(config: PretrainConfig) -> None:
     result = pretrain(config)
     if result.steps == config.steps and FIRST:
-        share = result.final_loss / result.mean_loss
+        share = ""
+        if not math.isnan(result.mean_loss):
+            trivial = METHODS[config.method].trivial_label
+            share = f", {result.final_loss / result.mean_loss:.2f} of {trivial} ({result.mean_loss:.4f})"
         print(
-            f"validation loss {result.initial_loss:.4f} -> {result.final_loss:.4f}, {share:.2f} of predicting the "
-            f"visible mean ({result.mean_loss:.4f}); checkpoint: {result.checkpoint}"
+            f"validation loss {result.initial_loss:.4f} -> {result.final_loss:.4f}{share}; "
+            f"checkpoint: {result.checkpoint}"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from s3d_kernels import use_backend
 
@@ -15,7 +16,6 @@ from .data import embedded_images
 from .distributed import choose_device
 from .loss import masked_mse
 from .masking import MaskSampler
-from .model import S3D
 from .pretrain import PretrainResult, load_model, pretrain
 from .pretrain_config import PretrainConfig
 
@@ -81,7 +81,7 @@ def demo(config: DemoConfig) -> PretrainResult | None:
     return result
 
 
-def _step_seconds(run: PretrainConfig, model: S3D, rounds: int = 5) -> tuple[float, float]:
+def _step_seconds(run: PretrainConfig, model: nn.Module, rounds: int = 5) -> tuple[float, float]:
     """Median seconds of a training step (forward, loss, backward) with sparse and with dense masked convolution.
 
     The two take turns, so that whatever else the machine does meets both.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
 from .checkpoint import Weights, load_checkpoint, save_atomically, weights_of
-from .model import build_unet
+from .model import PRESETS, Network, build_unet
 from .nnssl_plan import CITATIONS, adaptation_plan
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class ExportConfig:
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint of s3d pretrain."""
     format: Literal["encoder", "unet", "nnunet", "nnssl"]
-    """encoder, unet: state dict of the plain ResidualEncoderUNet or its encoder. nnunet: for nnUNetv2_train
+    """encoder, unet: state dict of the plain network or its encoder. nnunet: for nnUNetv2_train
     -pretrained_weights. nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained."""
     output: Path
     """File to write; there must be none of this name."""
@@ -48,6 +48,12 @@ def export(config: ExportConfig) -> None:
             f"{config.checkpoint} is a checkpoint of s3d finetune, whose network is a plain one already: take it as "
             "docs/finetuning.md shows; accepted: checkpoints of s3d pretrain and s3d import"
         )
+    architecture = PRESETS[saved["config"]["preset"]].architecture
+    if config.format in ("nnunet", "nnssl") and architecture != "resenc":
+        raise ValueError(
+            f"format {config.format} is for ResEnc U-Nets, and {config.checkpoint} holds a {architecture} network; "
+            "accepted: encoder, unet"
+        )
     unet = plain_unet(saved, config.weights)
     # What the volumes had, where the run knew it; its settings tell only what images were to be resampled to.
     settings = saved["config"] | {name: saved[name] for name in ("spacing_mm",) if name in saved}
@@ -64,30 +70,33 @@ def export(config: ExportConfig) -> None:
     )
 
 
-def plain_unet(saved: dict[str, Any], weights: Weights) -> ResidualEncoderUNet:
-    """The plain U-Net of a checkpoint's content, on the CPU. Its tied modules are tied, so a file stores them once.
+def plain_unet(saved: dict[str, Any], weights: Weights) -> Network:
+    """The plain network of a checkpoint's content, on the CPU. Its tied modules are tied, so a file stores them once.
 
     Raises:
         ValueError: no such weights in the checkpoint.
     """
-    unet = build_unet(saved["config"]["preset"])
-    unet.load_state_dict(weights_of(saved, weights, "the checkpoint"))
+    state = weights_of(saved, weights, "the checkpoint")
+    # Methods differ in what the heads give.
+    outputs = next(len(value) for name, value in state.items() if re.fullmatch(r"decoder\.seg_layers\..*bias", name))
+    unet = build_unet(saved["config"]["preset"], out_channels=outputs)
+    unet.load_state_dict(state)
     return unet
 
 
-def _encoder(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+def _encoder(unet: Network, config: dict[str, Any]) -> dict[str, Any]:
     return dict(unet.encoder.state_dict())
 
 
-def _unet(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+def _unet(unet: Network, config: dict[str, Any]) -> dict[str, Any]:
     return dict(unet.state_dict())
 
 
-def _nnunet(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+def _nnunet(unet: Network, config: dict[str, Any]) -> dict[str, Any]:
     return {"network_weights": _unet(unet, config)}
 
 
-def _nnssl(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
+def _nnssl(unet: Network, config: dict[str, Any]) -> dict[str, Any]:
     return {
         **_nnunet(unet, config),
         "nnssl_adaptation_plan": adaptation_plan(config),
@@ -96,7 +105,7 @@ def _nnssl(unet: ResidualEncoderUNet, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-FORMATS: dict[str, Callable[[ResidualEncoderUNet, dict[str, Any]], dict[str, Any]]] = {
+FORMATS: dict[str, Callable[[Network, dict[str, Any]], dict[str, Any]]] = {
     "encoder": _encoder,
     "unet": _unet,
     "nnunet": _nnunet,

@@ -190,7 +190,8 @@ def _find_preset(sources: list[_Source], name: str) -> str:
     """The preset whose encoder has the parameters of the file's, and no others."""
     shapes = {source.target: source.tensor.shape for source in sources}
     present = {target for target in shapes if target.startswith("encoder.")}
-    for preset in PRESETS:
+    presets = [preset for preset, size in PRESETS.items() if size.architecture == "resenc"]
+    for preset in presets:
         with torch.device("meta"):
             unet = build_unet(preset)
         expected = dict(unet.named_parameters(remove_duplicate=False))
@@ -200,7 +201,7 @@ def _find_preset(sources: list[_Source], name: str) -> str:
             return preset
     stem = next((tuple(shapes[target]) for target in sorted(present) if target.endswith("weight")), None)
     raise ValueError(
-        f"{name} holds no encoder of a ResEnc U-Net with one input channel in a size of s3d ({', '.join(PRESETS)}): "
+        f"{name} holds no encoder of a ResEnc U-Net with one input channel in a size of s3d ({', '.join(presets)}): "
         + (f"{len(present)} encoder weights, the first of shape {stem}" if present else "no weight is named encoder.*")
     )
 

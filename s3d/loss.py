@@ -56,3 +56,17 @@ def visible_mean_mse(
     count = visible.sum((2, 3, 4), keepdim=True).clamp(min=1)
     mean = torch.where(visible, target.float(), 0.0).sum((2, 3, 4), keepdim=True) / count
     return masked_mse(mean.expand_as(target), target, mask, valid)
+
+
+def block_normalized(
+    target: Tensor,  # [N, C, D, H, W]
+    mask: BlockMask,
+) -> Tensor:
+    """The target z-scored within each block of a mask, visible or not, float32: what is left to learn is structure.
+
+    Source: He et al., "Masked autoencoders are scalable vision learners" (CVPR 2022), section 3.
+    """
+    sides = [part for pair in zip(mask.grid_shape, mask.block, strict=True) for part in pair]
+    blocks = target.float().reshape(*target.shape[:2], *sides)
+    variance, mean = torch.var_mean(blocks, dim=(3, 5, 7), correction=0, keepdim=True)
+    return ((blocks - mean) * (variance + 1e-6).rsqrt()).reshape(target.shape)

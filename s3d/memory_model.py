@@ -15,7 +15,8 @@ from torch import nn
 from s3d_kernels import computes_natively, use_backend
 
 from .distributed import Processes
-from .model import S3D, NetworkShape, build_unet, preset_shape
+from .model import NetworkShape, preset_shape
+from .pretext.registry import METHODS
 from .pretrain_config import PretrainConfig
 from .run_settings import RunSettings
 
@@ -53,11 +54,14 @@ class StepMemory:
 
 
 def step_memory(config: PretrainConfig, device: torch.device) -> StepMemory:
-    """Expected memory of the steps of a run; measured on CPUs in float32, elsewhere an extrapolation."""
+    """Expected memory of the steps of a run; measured on CPUs in float32, elsewhere an extrapolation.
+
+    Of other methods than S3D that of a plain network on whole patches, which is an upper bound for sparse encoders.
+    """
     with torch.device("meta"):
-        model = S3D(
-            build_unet(config.preset), sparse=config.sparse, mask_tokens=config.mask_tokens, densify=config.densify
-        )
+        model = METHODS[config.method](config).build_model()
+    if config.method != "s3d":
+        return dense_step_memory(config, model, preset_shape(config.preset), config.patch_size)
     low = config.mask_ratio[0] if isinstance(config.mask_ratio, tuple) else config.mask_ratio
     visible = 1 - low if config.sparse else 1.0
     with use_backend(config.backend):

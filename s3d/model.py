@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
@@ -63,8 +63,7 @@ class Preset:
 
 
 # All have the halves that `EncoderDecoder` describes.
-Network = ResidualEncoderUNet | EncoderDecoder
-
+Network: TypeAlias = "ResidualEncoderUNet | EncoderDecoder"
 
 PRESETS: dict[str, Preset] = {
     # The published network: 102,348,965 parameters before densification.

@@ -1,4 +1,4 @@
-"""S3D pre-training: the whole method, top to bottom.
+"""Pre-training, with S3D or another method: the whole run, top to bottom.
 
 A run is a pure function of its configuration: the patches and masks of step i depend on the seed and i alone. So a run
 that was stopped resumes exactly from its checkpoint, without any state of random number generators.
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from s3d_kernels import use_backend
 
 from .checkpoint import NEWEST, load_checkpoint
 from .distributed import Processes, processes
 from .memory_model import choose_parts, step_memory
-from .model import S3D, build_unet
 from .optimizer_step import joined_state
+from .pretext.registry import METHODS
 from .pretrain_config import PretrainConfig
 from .run_report import write_run_report
 from .training_data import check_same_data, data_record, prepare_volumes, training_batches, usual_spacing
@@ -40,7 +41,8 @@ class PretrainResult:
         steps: steps done; fewer than asked for if a signal stopped the run.
         initial_loss: validation loss of the untrained network.
         final_loss: of the network at its last validation, which is the end unless a signal stopped the run.
-        mean_loss: of predicting the mean of the visible voxels: what a model must beat.
+        mean_loss: of an answer without a network, which a model must beat: for S3D the mean of the visible voxels. NaN
+            where the method has none.
         seconds_per_step: median over this session's steps after the first.
         checkpoint: the file.
     """
@@ -83,23 +85,24 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult:
     output = config.output_dir
     state, saved = saved_state(config, group, PretrainState)
+    pretext = METHODS[config.method](config)
     if state.step >= config.steps:
         log.info("%s is complete at step %d", output, state.step)
         if group.first:
-            write_run_report(config, state.mean_loss)
+            write_run_report(config, pretext, state.mean_loss)
         return _result(config, state, float("nan"))
     store, training_cases, validation_cases = prepare_volumes(config, group)
     data = data_record(store, training_cases, validation_cases)
     check_same_everywhere(group, hashlib.sha256(json.dumps(data).encode()).hexdigest(), f"volumes in {store.folder}")
-    training = build_training(config, group.device)
+    training = build_training(config, pretext, group.device)
     if saved is not None:
         check_same_data(data, saved["data"], output)
         training.load_state(saved)
         log.info("resuming at step %d of %d", state.step, config.steps)
         del saved
 
-    validator = Validator(config, store, validation_cases or training_cases, group)
-    state.mean_loss = validator.mean_loss
+    validator = Validator(config, pretext, store, validation_cases or training_cases, group)
+    state.mean_loss = validator.trivial_loss
 
     def validate(training_log: TrainingLog | None) -> None:
         state.validation_loss = validator(training.model, training_log, state.step)
@@ -110,13 +113,17 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
         config=config,
         group=group,
         name="pre-training",
-        columns=("validation_loss", "mask_ratio"),
+        columns=("validation_loss", *pretext.columns),
         training=training,
-        train=TrainingStep(config, training, group, parts),
+        train=TrainingStep(config, pretext, training, group, parts),
         batches=training_batches(config, store, training_cases, group, parts, state.step),
         validate=validate,
-        report=lambda: write_run_report(config, state.mean_loss),
-        record={"data": data, "spacing_mm": usual_spacing(store, training_cases)},
+        report=lambda: write_run_report(config, pretext, state.mean_loss),
+        record={
+            "data": data,
+            "spacing_mm": usual_spacing(store, training_cases),
+            "trained": pretext.trained,
+        },
         sources={case.name: case.source for case in store.cases},
     )
     with use_backend(config.backend):
@@ -135,14 +142,15 @@ def _result(config: PretrainConfig, state: PretrainState, seconds_per_step: floa
     )
 
 
-def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> S3D:
-    """The pre-trained model of a checkpoint.
+def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The pre-trained model of a checkpoint: an `S3D`, or what another method has trained.
 
     Raises: as :func:`s3d.checkpoint.load_checkpoint`.
     """
     saved = load_checkpoint(checkpoint, device)
-    config = saved["config"]
-    switches = {name: config[name] for name in ("sparse", "mask_tokens", "densify")}
-    model = S3D(build_unet(config["preset"]), **switches).to(device)
+    # What the model is made from; an imported checkpoint has no more, and older ones know no method.
+    names = {"method", "preset", "sparse", "mask_tokens", "densify"} & saved["config"].keys()
+    config = PretrainConfig(output_dir=Path(checkpoint).parent, **{name: saved["config"][name] for name in names})
+    model = METHODS[config.method](config).build_model().to(device)
     model.load_state_dict(joined_state(saved))
     return model

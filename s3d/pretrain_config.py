@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from s3d_kernels.backends import check_name as check_backend
 
-from .model import PRESETS
+from .model import PRESETS, Preset
+from .pretext.registry import METHODS
 from .run_settings import RunSettings
 
 
@@ -24,8 +24,11 @@ class PretrainConfig(RunSettings):
     machine: str = "published"
     """Defaults of the other options: published, laptop, gpu-24gb, gpu-80gb or eight-gpus."""
 
+    method: str = "s3d"
+    """What is learned: s3d, or a method to compare it with, see docs/pretext.md."""
     preset: str = "resenc-l"
-    """Size of the network: resenc-l, resenc-s, small or tiny."""
+    """Architecture and size of the network: resenc-l, resenc-s, small, tiny, or of another architecture, see
+    docs/pretext.md."""
     sparse: bool = True
     """Sparse convolution and normalisation in the encoder; False: dense MAE."""
     mask_tokens: bool = True
@@ -74,27 +77,18 @@ class PretrainConfig(RunSettings):
         super().__post_init__()
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
-        stride = PRESETS[self.preset].total_stride
-        if self.mask_block < 1 or self.mask_block % stride:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        stride = self.size.total_stride
+        if any(side < stride or side % stride for side in self.patch_size):
             raise ValueError(
-                f"mask_block must be a multiple of {stride}, the total stride of {self.preset}, got {self.mask_block}"
+                f"patch_size must be a multiple of {stride}, the total stride of {self.preset}, got {self.patch_size}"
             )
-        if any(side < self.mask_block or side % self.mask_block for side in self.patch_size):
-            raise ValueError(f"patch_size must be a multiple of mask_block={self.mask_block}, got {self.patch_size}")
-        low, high = self.mask_ratio if isinstance(self.mask_ratio, tuple) else (self.mask_ratio,) * 2
-        if not 0 < low <= high < 1:
-            raise ValueError(f"mask_ratio must be in (0, 1) or an increasing pair of such, got {self.mask_ratio}")
-        cells = math.prod(side // self.mask_block for side in self.patch_size)
-        if low * cells + 1e-9 < 1:
-            raise ValueError(
-                f"mask_ratio {self.mask_ratio} of the {cells} blocks that patch_size {self.patch_size} and mask_block "
-                f"{self.mask_block} make masks none; there would be nothing to learn"
-            )
-        if (self.mask_tokens and not self.sparse) or (self.densify and not self.mask_tokens):
-            raise ValueError(
-                "mask_tokens needs sparse, and densify needs mask_tokens, got "
-                f"sparse={self.sparse}, mask_tokens={self.mask_tokens}, densify={self.densify}"
-            )
+        if self.method != "s3d":
+            for name in ("sparse", "mask_tokens", "densify", "checkpoint_activations", "shortcuts"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} goes with method s3d, not with {self.method}; leave it out")
+        METHODS[self.method].check(self)
         if self.machine not in MACHINES:
             raise ValueError(f"machine must be one of {', '.join(MACHINES)}, got {self.machine!r}")
         check_backend(self.backend)
@@ -108,6 +102,11 @@ class PretrainConfig(RunSettings):
             raise ValueError(f"warmup_steps must be in [0, steps={self.steps}), got {self.warmup_steps}")
         if self.volumes is not None and self.images:
             raise ValueError(f"give volumes or images, not both; got {self.volumes} and {', '.join(self.images)}")
+
+    @property
+    def size(self) -> Preset:
+        """Of the network."""
+        return PRESETS[self.preset]
 
     @property
     def peak_learning_rate(self) -> float:

@@ -22,6 +22,7 @@ from s3d_kernels import use_backend
 
 from .distributed import Processes, choose_device
 from .layer_ranges import Layer, layer_ranges
+from .pretext.registry import METHODS
 from .pretrain_config import PretrainConfig
 from .report import memory_figure, save_figure
 from .step_trace import Row, StepTrace
@@ -157,8 +158,9 @@ def profile(config: ProfileConfig) -> Profile:
         generator = torch.Generator().manual_seed(run.seed)
         image = torch.randn(run.batch_size, 1, *run.patch_size, generator=generator)
         batches = itertools.repeat({"image": image})
-    training = build_training(run, alone.device)
-    train = TrainingStep(run, training, alone, phase=record_function)
+    pretext = METHODS[run.method](run)
+    training = build_training(run, pretext, alone.device)
+    train = TrainingStep(run, pretext, training, alone, phase=record_function)
     numbers = itertools.count()
 
     def step() -> None:

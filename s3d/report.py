@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,12 +77,14 @@ def _with_masked_blue(
     return np.where(visible[..., None], grey[..., None], np.array([0.16, 0.23, 0.42]))
 
 
-def loss_figure(log: Path, baseline: float | None = None) -> Figure:
+def loss_figure(log: Path, label: str, baseline: float, baseline_label: str) -> Figure:
     """Training and validation loss against the step, from ``log.csv``.
 
     Args:
         log: the file.
-        baseline: validation loss of predicting the mean of the visible voxels, drawn as a line.
+        label: of the loss.
+        baseline: validation loss to be beaten, drawn as a line; NaN: none.
+        baseline_label: of the line.
     """
     from matplotlib.figure import Figure
 
@@ -92,10 +95,10 @@ def loss_figure(log: Path, baseline: float | None = None) -> Figure:
     plot_training_loss(axes, rows)
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation")
-    if baseline is not None:
-        axes.axhline(baseline, color="0.3", linestyle="--", label="predicting the visible mean")
+    if not math.isnan(baseline):
+        axes.axhline(baseline, color="0.3", linestyle="--", label=baseline_label)
     axes.set_xlabel("step")
-    axes.set_ylabel("mean squared error, masked voxels")
+    axes.set_ylabel(label)
     axes.legend()
     return figure
 

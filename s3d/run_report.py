@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .data.store import write_atomically
 from .html_page import html_code, html_figure, html_heading, html_page, html_picture, html_table
+from .pretext.method import Pretext
 from .pretrain_config import PretrainConfig
 from .report import loss_figure, save_figure
 from .training_log import read_log
@@ -19,18 +21,19 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 
 
-def write_run_report(config: PretrainConfig, baseline: float) -> None:
+def write_run_report(config: PretrainConfig, pretext: Pretext[Any], baseline: float) -> None:
     """Write ``report.html`` and ``loss.png`` from ``log.csv`` of a run's folder.
 
     Args:
         config: of the run.
-        baseline: validation loss of predicting the mean of the visible voxels.
+        pretext: its method.
+        baseline: validation loss of an answer without a network, NaN where there is none.
     """
     folder = config.output_dir
     rows = read_log(folder / "log.csv")
-    loss = loss_figure(folder / "log.csv", baseline)
+    loss = loss_figure(folder / "log.csv", pretext.loss_label, baseline, pretext.trivial_label)
     save_figure(loss, folder / "loss.png")
-    parts = [html_table(("", ""), _summary(config, rows, baseline)), html_figure(loss, "Loss")]
+    parts = [html_table(("", ""), _summary(config, rows, baseline, pretext.trivial_label)), html_figure(loss, "Loss")]
     parts += [html_heading("Training"), html_figure(curves_figure(rows), "Learning rate, speed, waiting and memory")]
     ratios = mask_ratio_figure(rows)
     if ratios is not None:
@@ -42,14 +45,15 @@ def write_run_report(config: PretrainConfig, baseline: float) -> None:
     write_atomically(folder / REPORT, html_page(f"Pre-training: {folder.name}", parts).encode())
 
 
-def _summary(config: PretrainConfig, rows: list[dict[str, float]], baseline: float) -> list[tuple[str, str]]:
+def _summary(
+    config: PretrainConfig, rows: list[dict[str, float]], baseline: float, baseline_label: str
+) -> list[tuple[str, str]]:
     validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
     summary = [("steps", f"{max((row['step'] for row in rows), default=0)} of {config.steps}")]
     if validation:
-        summary += [
-            ("validation loss", f"{validation[0]:.4f} -> {validation[-1]:.4f}"),
-            ("of predicting the visible mean", f"{validation[-1] / baseline:.3f} (that is {baseline:.4f})"),
-        ]
+        summary.append(("validation loss", f"{validation[0]:.4f} -> {validation[-1]:.4f}"))
+        if not math.isnan(baseline):
+            summary.append((f"of {baseline_label}", f"{validation[-1] / baseline:.3f} (that is {baseline:.4f})"))
     return summary + training_summary(rows)
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from small_runs import configure, losses, stopped_at
 
+import s3d.pretext.masked_autoencoder as masked_autoencoder_module
 import s3d.pretrain as pretrain_module
 import s3d.training_loop as training_loop_module
 import s3d.training_step as training_step_module
@@ -72,16 +73,16 @@ def test_a_stopped_and_resumed_run_is_the_same_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = configure(images, tmp_path / "b")
-    original, calls = training_step_module.masked_mse, []
+    original, calls = masked_autoencoder_module.masked_mse, []
 
     def loss_with_signal(*arguments: object) -> torch.Tensor:
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())  # validation has losses too
         if len(calls) == stop_at:
             os.kill(os.getpid(), number)
         return original(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_step_module, "masked_mse", loss_with_signal)
+        patch.setattr(masked_autoencoder_module, "masked_mse", loss_with_signal)
         stopped = pretrain(config)
     assert stopped.steps == stop_at
     resumed = pretrain(config)
@@ -184,14 +185,16 @@ def test_a_diverging_run_names_its_images(images: Path, tmp_path: Path) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, momentum and averages stay; the next steps go on."""
-    original, calls = training_step_module.masked_mse, []
+    original, calls = masked_autoencoder_module.masked_mse, []
 
     def loss(*arguments: object) -> torch.Tensor:
-        calls.append(1)
         value = original(*arguments)  # type: ignore[arg-type]
+        if not torch.is_grad_enabled():  # validation
+            return value
+        calls.append(1)
         return value * float("nan") if len(calls) == 3 else value
 
-    monkeypatch.setattr(training_step_module, "masked_mse", loss)
+    monkeypatch.setattr(masked_autoencoder_module, "masked_mse", loss)
     saved = []
     check = training_loop_module.SkippedSteps.check
 
@@ -543,8 +546,8 @@ def test_weights_alone_are_not_resumed(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_infinite_is_skipped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = training_step_module.masked_mse
-    monkeypatch.setattr(training_step_module, "masked_mse", lambda *arguments: original(*arguments) + float("inf"))
+    original = masked_autoencoder_module.masked_mse
+    monkeypatch.setattr(masked_autoencoder_module, "masked_mse", lambda *arguments: original(*arguments) + float("inf"))
     with pytest.raises(FloatingPointError, match="loss is inf"):
         pretrain(configure(images, tmp_path / "run", max_skipped=1))
 

@@ -24,6 +24,7 @@ from s3d.layer_ranges import Layer, layer_ranges
 from s3d.loss import masked_mse
 from s3d.masking import MaskSampler
 from s3d.model import S3D, build_unet
+from s3d.pretext.registry import METHODS
 from s3d.pretrain_config import PretrainConfig
 from s3d.profiling import TRACE, Profile, ProfileConfig, profile, profile_steps
 from s3d.step_trace import KINDS, StepTrace
@@ -274,8 +275,9 @@ def test_profiled_steps_are_the_trainers(tmp_path: Path) -> None:
     states = []
     for watched, mine in losses.items():
         alone = Processes(0, 1, torch.device("cpu"))
-        training = build_training(config, alone.device)
-        train = TrainingStep(config, training, alone, **({"phase": record_function} if watched else {}))
+        pretext = METHODS[config.method](config)
+        training = build_training(config, pretext, alone.device)
+        train = TrainingStep(config, pretext, training, alone, **({"phase": record_function} if watched else {}))
 
         def step(train: TrainingStep = train, mine: list[float] = mine) -> None:
             mine.append(train([{"image": x}], len(mine)).loss)

@@ -37,6 +37,11 @@ class Draw:
     first: int
     wanted: int
 
+    @property
+    def samples(self) -> slice:
+        """The wanted samples of the whole batch."""
+        return slice(self.first, self.first + self.wanted)
+
     def generators(self) -> list[np.random.Generator]:
         """One for each wanted sample."""
         return [
@@ -59,8 +64,10 @@ class Pretext(ABC, Generic[Problem]):
     trained: ClassVar[Trained] = "encoder+decoder"
     # Of the loss, for plots.
     loss_label: ClassVar[str]
-    # Of `trivial_loss`, for plots; empty where there is none.
+    # What `trivial_loss` is the loss of, for plots; empty where there is none.
     trivial_label: ClassVar[str] = ""
+    # Names of `figures`.
+    columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -87,6 +94,15 @@ class Pretext(ABC, Generic[Problem]):
     def terms(self, problem: Problem) -> int:
         """Of how many terms the loss of a problem is the mean, such as masked voxels or samples."""
 
+    def figures(self, terms: float, voxels: float) -> dict[str, float]:
+        """Further columns of the log, named in `columns`.
+
+        Args:
+            terms: of the whole batch.
+            voxels: of the whole batch.
+        """
+        return {}
+
     @abstractmethod
     def answer(self, model: nn.Module, problem: Problem) -> Any:
         """What the model produces; calls `model`, which may be wrapped for several processes."""
@@ -95,7 +111,7 @@ class Pretext(ABC, Generic[Problem]):
     def loss(self, output: Any, problem: Problem, terms: float) -> Tensor:
         """Sum of the problem's terms of the loss / `terms`, float32."""
 
-    def after_step(self, model: nn.Module) -> None:  # noqa: B027  # most methods have nothing to do
+    def after_step(self, model: nn.Module) -> None:
         """Called behind each step of the optimiser, such as for a teacher that follows the model."""
 
     def trivial_loss(self, problem: Problem) -> float:

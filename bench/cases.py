@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from flops import ALL, FlopCount
 from torch import Tensor, nn
 
 from s3d.model import PRESETS, S3D, build_unet
 from s3d_kernels import BlockMask, BlockSparseTensor, to_sparse
+from s3d_kernels.flops import ALL, FlopCount
 
 MASK_KINDS = ("blocks", "voxels")
 

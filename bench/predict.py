@@ -13,9 +13,9 @@ A kernel takes as long as the slowest of its three streams (tensor cores, L2, HB
 from __future__ import annotations
 
 import torch
-from flops import pairs_of_blocks
 
 from s3d_kernels import BlockMask
+from s3d_kernels.flops import pairs_of_blocks
 
 MMA, L2, HBM, LAUNCH = 0.629 * 989e12, 5.5e12, 3.0e12, 3e-6
 DENSE_PEAK = 989e12  # cuDNN's best case: the peak itself

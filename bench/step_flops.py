@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from cases import Case
-from flops import FlopCount, Shares
 from torch import Tensor
 
 from s3d.loss import masked_mse
 from s3d.model import S3D
+from s3d_kernels.flops import FlopCount, Shares
 
 UP, SKIP, PHASE_WEIGHTS = "decoder, upsampled half", "decoder, skip half", "decoder, phase weights"
 PARTS = ("encoder", "densification", UP, SKIP, PHASE_WEIGHTS, "head")

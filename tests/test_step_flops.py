@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 from cases import Case
-from flops import ALL, FORMULAS, FlopCount
 from step_flops import PARTS, PHASE_WEIGHTS, SKIP, UP, step_flops, table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,6 +18,7 @@ from s3d.loss import masked_mse
 from s3d.model import build_unet
 from s3d_kernels import BlockMask, BlockSparseTensor, fused_upconv3d, sparse_conv3d, sparse_conv_transpose3d
 from s3d_kernels.backends import REGISTRY
+from s3d_kernels.flops import ALL, FORMULAS, FlopCount
 
 CASE = Case("step", "", "tiny", 16, 1, 8, "blocks", 0.5, "float32")
 

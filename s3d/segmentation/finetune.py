@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
 from s3d.checkpoint import NEWEST, load_checkpoint
 from s3d.data.store import write_atomically
 from s3d.distributed import Processes, processes
 from s3d.memory_model import choose_parts, dense_step_memory
+from s3d.model import Network
 from s3d.training_data import check_same_data, step_batches
 from s3d.training_log import TrainingLog
 from s3d.training_loop import Run, RunState, check_same_everywhere, run_steps, saved_state
@@ -167,9 +167,7 @@ def _run(config: FinetuneConfig, group: Processes) -> FinetuneResult:
     return _result(config, state, seconds)
 
 
-def _begin(
-    config: FinetuneConfig, dataset: RawDataset
-) -> tuple[ResidualEncoderUNet, SegmentationPlan, list[TensorRow], str]:
+def _begin(config: FinetuneConfig, dataset: RawDataset) -> tuple[Network, SegmentationPlan, list[TensorRow], str]:
     """Network, plan, what became of the checkpoint's tensors, and preset of a new run.
 
     A checkpoint that does not fit is refused here, before any case is prepared.

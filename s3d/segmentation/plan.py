@@ -7,9 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
-
-from s3d.model import NetworkShape, build_network
+from s3d.model import Network, NetworkShape, build_network
 
 Voxels = tuple[int, int, int]  # (depth, height, width)
 Millimetres = tuple[float, float, float]  # (depth, height, width)
@@ -59,7 +57,7 @@ class SegmentationPlan:
     normalization: tuple[Normalization, ...]
     network: NetworkShape
 
-    def build_network(self, deep_supervision: bool = False) -> ResidualEncoderUNet:
+    def build_network(self, deep_supervision: bool = False) -> Network:
         """A new network, initialised as nnU-Net does. [N, channels, D, H, W] -> logits [N, classes, D, H, W]."""
         return build_network(
             self.network, len(self.channel_names), len(self.class_names), deep_supervision=deep_supervision

@@ -101,6 +101,8 @@ def dynamic_plan(
         BadImageError: a case cannot be used and `skip_bad` is off.
     """
     whole = preset_shape(preset)
+    if whole.architecture != "resenc":
+        raise ValueError(f"a dynamic plan is for ResEnc U-Nets, and preset {preset} is a {whole.architecture} network")
     if not memory_gib > 0:
         raise ValueError(f"memory_gib must be positive, got {memory_gib}")
     if batch_size < 1:

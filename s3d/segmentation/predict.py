@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor
 from tqdm import tqdm
 
 from s3d.checkpoint import Weights, load_checkpoint, weights_of
 from s3d.data.reading import BadImageError, by, one_line
 from s3d.distributed import Processes, processes
+from s3d.model import Network
 from s3d.optimizer_step import autocast
 from s3d.segmentation.plan import SegmentationPlan
 from s3d.segmentation.prediction_record import begin_predictions
@@ -110,7 +110,7 @@ def predict(config: PredictConfig) -> PredictSummary:
     return summary
 
 
-def load_segmentation(path: Path, weights: Weights = "raw") -> tuple[SegmentationPlan, ResidualEncoderUNet]:
+def load_segmentation(path: Path, weights: Weights = "raw") -> tuple[SegmentationPlan, Network]:
     """Plan and network of a checkpoint of `s3d finetune`, on the CPU.
 
     Args:
@@ -168,7 +168,7 @@ def _settings(config: PredictConfig, plan: SegmentationPlan) -> dict[str, Any]:
 def _segment(
     config: PredictConfig,
     plan: SegmentationPlan,
-    network: ResidualEncoderUNet,
+    network: Network,
     cases: Sequence[RawCase],
     group: Processes,
 ) -> PredictSummary:
@@ -216,7 +216,7 @@ def _read_ahead(cases: Sequence[RawCase], plan: SegmentationPlan) -> Iterator[tu
 def _logits(
     config: PredictConfig,
     plan: SegmentationPlan,
-    network: ResidualEncoderUNet,
+    network: Network,
     prepared: PreparedCase,
     device: torch.device,
 ) -> Tensor:  # [K, D, H, W]

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor
 
 from s3d.distributed import Processes
+from s3d.model import Network
 from s3d.optimizer_step import OptimizerStep, Training, autocast
 
 from .finetune_config import FinetuneConfig
 from .loss import SegmentationLoss
 
 
-def build_segmentation_training(
-    config: FinetuneConfig, network: ResidualEncoderUNet, steps_done: int
-) -> Training[ResidualEncoderUNet]:
+def build_segmentation_training(config: FinetuneConfig, network: Network, steps_done: int) -> Training[Network]:
     """A network and its optimiser, which has state for what has been trained in the steps done and nothing else."""
     heads = network.decoder.seg_layers
     # The coarsest of several outputs does not count, nor does any but the finest without deep supervision.
@@ -33,7 +31,7 @@ def build_segmentation_training(
     return training
 
 
-class SegmentationStep(OptimizerStep[FinetuneConfig, ResidualEncoderUNet]):
+class SegmentationStep(OptimizerStep[FinetuneConfig, Network]):
     """A step on labelled patches; where the schedule says so, the encoder is frozen: no gradient, no optimiser state.
 
     Batches have "image" [n, C, D, H, W] and "label" [n, 1, D, H, W].
@@ -48,7 +46,7 @@ class SegmentationStep(OptimizerStep[FinetuneConfig, ResidualEncoderUNet]):
     def __init__(
         self,
         config: FinetuneConfig,
-        training: Training[ResidualEncoderUNet],
+        training: Training[Network],
         processes: Processes,
         parts: int = 1,
     ) -> None:

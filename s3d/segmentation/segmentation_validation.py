@@ -6,12 +6,12 @@ import statistics
 
 import numpy as np
 import torch
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from numpy.typing import NDArray
 
 from s3d.csv_table import csv_text
 from s3d.data.store import write_atomically
 from s3d.distributed import Processes
+from s3d.model import Network
 from s3d.optimizer_step import autocast
 from s3d.report import save_figure
 from s3d.training_log import TrainingLog
@@ -56,7 +56,7 @@ class SegmentationValidator:
         self.cases = cases
         self.processes = processes
 
-    def __call__(self, network: ResidualEncoderUNet, training_log: TrainingLog | None, step: int) -> float:
+    def __call__(self, network: Network, training_log: TrainingLog | None, step: int) -> float:
         """Mean Dice over classes and cases; the first process writes it, by class too, and pictures.
 
         At the end of the run all cases are looked at, and ``validation.csv`` has each of them.

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
 
 from s3d.checkpoint import Weights, weights_of
 from s3d.csv_table import csv_text
 from s3d.data.store import write_atomically
 from s3d.import_weights import aliases
-from s3d.model import build_unet
+from s3d.model import Network, build_unet
 
 from .plan import SegmentationPlan
 
@@ -53,7 +53,7 @@ class _Place(NamedTuple):
 
 
 def transfer(
-    network: ResidualEncoderUNet,
+    network: Network,
     saved: dict[str, Any],
     scope: Scope,
     weights: Weights = "raw",
@@ -79,7 +79,12 @@ def transfer(
     sources = {_place(group[0], old): (group[0], state[group[0]]) for group in aliases(old)}
     targets = {_place(group[0], network): (group[0], network.get_parameter(group[0])) for group in aliases(network)}
     absent = set(saved.get("imported", {}).get("initialised", ()))
-    untrained = {place for place, (name, _) in sources.items() if name in absent}
+    untrained = {
+        place: "the imported file had no such weight" for place, (name, _) in sources.items() if name in absent
+    }
+    if saved.get("trained") == "encoder":
+        reason = "the pre-training trained the encoder alone"
+        untrained |= {place: reason for place in sources if place.path.startswith("decoder.")}
     rows: list[TensorRow] = []
     values: list[tuple[nn.Parameter, Tensor]] = []
     used = set()
@@ -87,7 +92,7 @@ def transfer(
         shape = tuple(parameter.shape)
         why_not = _why_not(place, scope, untrained)
         if why_not is None and place not in sources:
-            why_not = f"the network of the checkpoint has {len(old.encoder.stages)} stages"
+            why_not = f"the network of the checkpoint has {len(old.encoder.output_channels)} stages"
             if place.stage is None or place.stage < _stages_of(place, old):
                 raise _another_architecture(checkpoint, origin, f"{name} is not in it")
         if why_not is not None:
@@ -106,7 +111,7 @@ def transfer(
             continue
         why_not = _why_not(place, scope, untrained)
         if why_not is None:
-            why_not = f"the new network has {len(network.encoder.stages)} stages"
+            why_not = f"the new network has {len(network.encoder.output_channels)} stages"
             if place.stage is None or place.stage < _stages_of(place, network):
                 raise _another_architecture(checkpoint, origin, f"the network to train has no {source}")
         rows.append(TensorRow(source, "dropped", source, tuple(tensor.shape), None, why_not))
@@ -141,7 +146,7 @@ def write_transfer_table(rows: list[TensorRow], path: Path) -> None:
     write_atomically(path, csv_text(TensorRow._fields, table).encode())
 
 
-def _saved_network(saved: dict[str, Any]) -> tuple[str, ResidualEncoderUNet]:
+def _saved_network(saved: dict[str, Any]) -> tuple[str, Network]:
     """What a checkpoint says of its network, and such a network without values."""
     with torch.device("meta"):
         if "plan" in saved:
@@ -151,29 +156,29 @@ def _saved_network(saved: dict[str, Any]) -> tuple[str, ResidualEncoderUNet]:
         return f"preset {preset}", build_unet(preset)
 
 
-def _place(name: str, network: ResidualEncoderUNet) -> _Place:
+def _place(name: str, network: Network) -> _Place:
     path = _PROJECTION.sub(".skip.projection.", name)
     found = _STAGE.match(path)
     if found is None:
         return _Place(path, None)
     part, index = found[1], int(found[2])
     # Decoder stages are in the order of computation, the lowest resolution first; there is none for the bottleneck.
-    stage = index if part == "encoder.stages" else len(network.encoder.stages) - 2 - index
+    stage = index if part == "encoder.stages" else len(network.encoder.output_channels) - 2 - index
     return _Place(f"{part}.{path[found.end() :]}", stage)
 
 
-def _stages_of(place: _Place, network: ResidualEncoderUNet) -> int:
+def _stages_of(place: _Place, network: Network) -> int:
     """Stages of the encoder or of the decoder."""
-    return len(network.encoder.stages) - (0 if place.path.startswith("encoder.") else 1)
+    return len(network.encoder.output_channels) - (0 if place.path.startswith("encoder.") else 1)
 
 
-def _why_not(place: _Place, scope: Scope, untrained: set[_Place]) -> str | None:
+def _why_not(place: _Place, scope: Scope, untrained: Mapping[_Place, str]) -> str | None:
     """Why a parameter is not transferred whatever its shape, or None."""
     if place.path.startswith("decoder.seg_layers."):
         return "heads start anew"
     if place.path.startswith("decoder.") and scope == "encoder":
         return "scope encoder"
-    return "the imported file had no such weight" if place in untrained else None
+    return untrained.get(place)
 
 
 def _fitted(place: _Place, tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor | None, str]:

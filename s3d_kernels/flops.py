@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from s3d_kernels.backends import REGISTRY, WindowGeometry
-from s3d_kernels.backends.interface import Triple
+from .backends import REGISTRY, WindowGeometry
+from .backends.interface import Triple
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,7 +93,8 @@ def _convolution(
 
 def _convolution_backward(args: Sequence[Any]) -> float:
     grad, x, weight, _, stride, padding, dilation, transposed, _, _, wanted = args
-    return _convolution(x, weight, grad, stride, padding, dilation, transposed) * sum(wanted[:2])
+    number: int = sum(wanted[:2])
+    return _convolution(x, weight, grad, stride, padding, dilation, transposed) * number
 
 
 def _masked_head(weight: Tensor, index: Tensor, block: Sequence[int]) -> float:
@@ -138,7 +139,7 @@ class FlopCount(TorchDispatchMode):
         of_operator: Mapping[Any, str] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.flops: Counter[str] = Counter()
+        self.flops: defaultdict[str, float] = defaultdict(float)
         self._parts, self._of_operator = parts, of_operator
         self._saved: Shares = {ALL: 1.0}
         self._hooks = saved_tensors_hooks(lambda tensor: tensor, self._unpack)
@@ -158,8 +159,12 @@ class FlopCount(TorchDispatchMode):
         if formula is None and of_torch is None and func.namespace != "s3d_kernels":
             return func(*args, **kwargs)
         result = _unfilled(func, args, kwargs)
-        if formula is not None or of_torch is not None:
-            flops = formula(args, result) if formula is not None else of_torch(*args, **kwargs, out_val=result)
+        flops = 0.0
+        if formula is not None:
+            flops = formula(args, result)
+        elif of_torch is not None:
+            flops = of_torch(*args, **kwargs, out_val=result)
+        if flops:
             for part, share in self._shares(operator, args).items():
                 self.flops[part] += share * flops
         return result

@@ -79,16 +79,16 @@ class PretrainConfig(RunSettings):
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        stride = self.size.total_stride
-        if any(side < stride or side % stride for side in self.patch_size):
-            raise ValueError(
-                f"patch_size must be a multiple of {stride}, the total stride of {self.preset}, got {self.patch_size}"
-            )
         if self.method != "s3d":
             for name in ("sparse", "mask_tokens", "densify", "checkpoint_activations", "shortcuts"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name} goes with method s3d, not with {self.method}; leave it out")
         METHODS[self.method].check(self)
+        stride = self.size.total_stride
+        if any(side < stride or side % stride for side in self.patch_size):
+            raise ValueError(
+                f"patch_size must be a multiple of {stride}, the total stride of {self.preset}, got {self.patch_size}"
+            )
         if self.machine not in MACHINES:
             raise ValueError(f"machine must be one of {', '.join(MACHINES)}, got {self.machine!r}")
         check_backend(self.backend)

@@ -28,6 +28,7 @@ from s3d_kernels import (
 )
 
 from .decoder import decode, dense_features, whole_blocks, whole_mask
+from .networks.convnext import convnext
 from .networks.encoder_decoder import EncoderDecoder
 
 # What grows beyond visible voxels grows by whole cells of this side. On CPUs small ones cost no more a voxel than large
@@ -74,6 +75,12 @@ PRESETS: dict[str, Preset] = {
     "small": Preset((8, 16, 32, 64), (1, 2, 2, 2), (1, 2, 2, 2)),
     # Tests.
     "tiny": Preset((4, 8, 12), (1, 1, 1), (1, 2, 2)),
+    # The published size B with kernels of 5^3: 11.0 million parameters.
+    "mednext-b": Preset((32, 64, 128, 256, 512), (2, 2, 2, 2, 2), (1, 2, 2, 2, 2), 5, "mednext"),
+    "mednext-small": Preset((8, 16, 32, 64), (1, 2, 2, 2), (1, 2, 2, 2), 5, "mednext"),
+    # The published size T, with two finer stages in place of its stem of stride 4.
+    "convnext-t": Preset((24, 48, 96, 192, 384, 768), (1, 1, 3, 3, 9, 3), (1, 2, 2, 2, 2, 2), 7, "convnext"),
+    "convnext-small": Preset((8, 16, 32, 64), (1, 1, 2, 1), (1, 2, 2, 2), 7, "convnext"),
 }
 
 
@@ -136,6 +143,16 @@ def build_network(
         out_channels: of its output.
         deep_supervision: whether it returns the outputs of all decoder stages, the finest first.
     """
+    if shape.architecture == "mednext":
+        # Each of its stages halves the resolution, and its kernels are cubes: those of its presets.
+        from .networks.mednext import mednext  # takes seconds to import
+
+        kernel_size = shape.kernel_sizes[0][0]
+        sizes = (shape.features, shape.blocks, kernel_size)
+        return mednext(in_channels, out_channels, *sizes, deep_supervision=deep_supervision)
+    if shape.architecture == "convnext":
+        parts = (shape.features, shape.blocks, shape.strides, shape.kernel_sizes)
+        return convnext(in_channels, out_channels, *parts, deep_supervision=deep_supervision)
     if shape.architecture != "resenc":
         raise NotImplementedError(shape.architecture)
     unet = ResidualEncoderUNet(

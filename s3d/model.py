@@ -29,6 +29,7 @@ from s3d_kernels import (
 
 from .decoder import decode, dense_features, whole_blocks, whole_mask
 from .networks.encoder_decoder import EncoderDecoder
+from .networks.swin_unetr import build_swin_unetr
 
 # What grows beyond visible voxels grows by whole cells of this side. On CPUs small ones cost no more a voxel than large
 # ones; on GPUs they do, and there the stages of small blocks are too small to be worth it (docs/performance.md).
@@ -74,6 +75,12 @@ PRESETS: dict[str, Preset] = {
     "small": Preset((8, 16, 32, 64), (1, 2, 2, 2), (1, 2, 2, 2)),
     # Tests.
     "tiny": Preset((4, 8, 12), (1, 1, 1), (1, 2, 2)),
+    # The published network.
+    "swin-unetr": Preset(
+        (48, 48, 96, 192, 384, 768), (0, 2, 2, 2, 2, 0), (1, 2, 2, 2, 2, 2), architecture="swin-unetr"
+    ),
+    # Half as deep, for CPUs.
+    "swin-unetr-small": Preset((12, 12, 24, 48), (0, 2, 2, 0), (1, 2, 2, 2), architecture="swin-unetr"),
 }
 
 
@@ -136,6 +143,15 @@ def build_network(
         out_channels: of its output.
         deep_supervision: whether it returns the outputs of all decoder stages, the finest first.
     """
+    if shape.architecture == "swin-unetr":
+        return build_swin_unetr(
+            in_channels,
+            out_channels,
+            features=shape.features,
+            blocks=shape.blocks,
+            strides=shape.strides,
+            deep_supervision=deep_supervision,
+        )
     if shape.architecture != "resenc":
         raise NotImplementedError(shape.architecture)
     unet = ResidualEncoderUNet(

@@ -80,7 +80,7 @@ PRESETS: dict[str, Preset] = {
         (48, 48, 96, 192, 384, 768), (0, 2, 2, 2, 2, 0), (1, 2, 2, 2, 2, 2), architecture="swin-unetr"
     ),
     # Half as deep, for CPUs.
-    "swin-unetr-small": Preset((12, 12, 24, 48), (0, 2, 2, 0), (1, 2, 2, 2), architecture="swin-unetr"),
+    "swin-unetr-small": Preset((16, 16, 32, 64), (0, 2, 2, 0), (1, 2, 2, 2), architecture="swin-unetr"),
 }
 
 

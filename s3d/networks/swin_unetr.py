@@ -9,6 +9,7 @@ Source: Hatamizadeh et al., "Swin UNETR" (BrainLes 2021); MONAI's ``SwinUNETR``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from monai.networks.blocks import PatchEmbed, UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
 from monai.networks.nets.swin_unetr import BasicLayer, PatchMerging
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .encoder_decoder import EncoderDecoder
 
 WINDOW = 7  # side of the cubes that attention is confined to, in voxels of their resolution; as published
-FIRST_HEADS = 3  # of attention, doubled at each lower resolution; as published
+HEAD_CHANNELS = 16  # of each attention head: 3 heads at 48 channels, as published
 
 
 def build_swin_unetr(
@@ -48,9 +49,9 @@ def build_swin_unetr(
             f"got {depth}, {len(blocks)} and {len(strides)}"
         )
     expected = (features[0], *(features[0] << stage for stage in range(depth - 1)))
-    if tuple(features) != expected or features[0] % FIRST_HEADS:
+    if tuple(features) != expected or features[0] % HEAD_CHANNELS:
         raise ValueError(
-            f"features of a Swin UNETR must be C, C, 2 C, 4 C, ... with C a multiple of {FIRST_HEADS}, "
+            f"features of a Swin UNETR must be C, C, 2 C, 4 C, ... with C a multiple of {HEAD_CHANNELS}, "
             f"got {tuple(features)}"
         )
     if blocks[0] or blocks[-1] or min(blocks[1:-1]) < 1:
@@ -87,7 +88,7 @@ class SwinEncoder(nn.Module):
             BasicLayer(
                 dim=feature_size << stage,
                 depth=depth,
-                num_heads=FIRST_HEADS << stage,
+                num_heads=(feature_size << stage) // HEAD_CHANNELS,
                 window_size=(WINDOW,) * 3,
                 drop_path=[0.0] * depth,
                 qkv_bias=True,
@@ -147,7 +148,7 @@ class SwinDecoder(nn.Module):
         descending = widths[::-1]
         self.stages = nn.ModuleList(
             UnetrUpBlock(3, low, high, kernel_size=3, upsample_kernel_size=2, norm_name="instance", res_block=True)
-            for low, high in zip(descending, descending[1:])
+            for low, high in pairwise(descending)
         )
         self.seg_layers = nn.ModuleList(UnetOutBlock(3, width, out_channels) for width in descending[1:])
 

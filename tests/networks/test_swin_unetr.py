@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
 
-from s3d.model import NetworkShape, build_network, build_unet, preset_shape
+from s3d.model import build_network, build_unet, preset_shape
+from s3d.networks import swin_unetr
 
-FULL_DEPTH = NetworkShape(
-    features=(12, 12, 24, 48, 96, 192),
-    blocks=(0, 2, 2, 2, 2, 0),
-    strides=((1, 1, 1), *((2, 2, 2),) * 5),
-    kernel_sizes=((3, 3, 3),) * 6,
-    architecture="swin-unetr",
-)
 # Of MONAI's network, in the order of `SwinDecoder.skips`; it has nothing for the last resolution but one.
 SKIPS = {0: "encoder1", 1: "encoder2", 2: "encoder3", 3: "encoder4", 5: "encoder10"}
 
@@ -32,25 +27,28 @@ def monai_name(name: str) -> str | None:
     return name
 
 
-def test_full_depth_equals_monai() -> None:
+def test_full_depth_equals_monai(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    ours = build_network(FULL_DEPTH, 2, 3).double()
-    theirs = SwinUNETR(in_channels=2, out_channels=3, feature_size=12).double()
+    # A quarter of the width, with as many heads as MONAI's has.
+    monkeypatch.setattr(swin_unetr, "HEAD_CHANNELS", 4)
+    published = preset_shape("swin-unetr")
+    ours = build_network(replace(published, features=tuple(width // 4 for width in published.features)), 2, 3)
+    theirs = SwinUNETR(in_channels=2, out_channels=3, feature_size=12)
     state = {monai_name(name): value for name, value in ours.state_dict().items()}
     state.pop(None)
     assert set(state) == set(theirs.state_dict())
     theirs.load_state_dict(state)
-    x = torch.randn(1, 2, 64, 64, 64, dtype=torch.float64)
+    x = torch.randn(1, 2, 64, 64, 64)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
 
 
-def test_published_size_has_monai_parameters() -> None:
+def test_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        ours = build_unet("swin-unetr")
-        theirs = SwinUNETR(in_channels=1, out_channels=1, feature_size=48)
-    heads = sum(p.numel() for p in ours.decoder.seg_layers[:-1].parameters())
-    assert sum(p.numel() for p in ours.parameters()) - heads == sum(p.numel() for p in theirs.parameters())
+        network = build_unet("swin-unetr", 1, 14)
+    unused = sum(parameter.numel() for parameter in network.decoder.seg_layers[:-1].parameters())
+    # Of MONAI's SwinUNETR(in_channels=1, out_channels=14, feature_size=48).
+    assert sum(parameter.numel() for parameter in network.parameters()) - unused == 62_187_296
 
 
 def test_halves() -> None:
@@ -81,8 +79,8 @@ def test_odd_sides_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": (12, 24, 48, 96)}, "features"),
-        ({"features": (16, 16, 32, 64)}, "multiple of 3"),
+        ({"features": (16, 32, 64, 128)}, "features"),
+        ({"features": (24, 24, 48, 96)}, "multiple of 16"),
         ({"blocks": (1, 2, 2, 0)}, "blocks"),
         ({"blocks": (0, 2, 0, 0)}, "blocks"),
         ({"blocks": (0, 2, 0)}, "one length"),
@@ -91,6 +89,5 @@ def test_odd_sides_are_refused() -> None:
 )
 def test_impossible_shapes_are_refused(change: dict, message: str) -> None:
     shape = preset_shape("swin-unetr-small")
-    values = {name: getattr(shape, name) for name in ("features", "blocks", "strides", "kernel_sizes", "architecture")}
     with pytest.raises(ValueError, match=message):
-        build_network(NetworkShape(**{**values, **change}), 1, 1)
+        build_network(replace(shape, **change), 1, 1)

@@ -30,6 +30,7 @@ from s3d_kernels import (
 from .decoder import decode, dense_features, whole_blocks, whole_mask
 from .networks.convnext import convnext
 from .networks.encoder_decoder import EncoderDecoder
+from .networks.swin_unetr import build_swin_unetr
 
 # What grows beyond visible voxels grows by whole cells of this side. On CPUs small ones cost no more a voxel than large
 # ones; on GPUs they do, and there the stages of small blocks are too small to be worth it (docs/performance.md).
@@ -81,6 +82,12 @@ PRESETS: dict[str, Preset] = {
     # The published size T, with two finer stages in place of its stem of stride 4.
     "convnext-t": Preset((24, 48, 96, 192, 384, 768), (1, 1, 3, 3, 9, 3), (1, 2, 2, 2, 2, 2), 7, "convnext"),
     "convnext-small": Preset((8, 16, 32, 64), (1, 1, 2, 1), (1, 2, 2, 2), 7, "convnext"),
+    # The published network.
+    "swin-unetr": Preset(
+        (48, 48, 96, 192, 384, 768), (0, 2, 2, 2, 2, 0), (1, 2, 2, 2, 2, 2), architecture="swin-unetr"
+    ),
+    # Half as deep, for CPUs.
+    "swin-unetr-small": Preset((16, 16, 32, 64), (0, 2, 2, 0), (1, 2, 2, 2), architecture="swin-unetr"),
 }
 
 
@@ -153,8 +160,15 @@ def build_network(
     if shape.architecture == "convnext":
         parts = (shape.features, shape.blocks, shape.strides, shape.kernel_sizes)
         return convnext(in_channels, out_channels, *parts, deep_supervision=deep_supervision)
-    if shape.architecture != "resenc":
-        raise NotImplementedError(shape.architecture)
+    if shape.architecture == "swin-unetr":
+        return build_swin_unetr(
+            in_channels,
+            out_channels,
+            features=shape.features,
+            blocks=shape.blocks,
+            strides=shape.strides,
+            deep_supervision=deep_supervision,
+        )
     unet = ResidualEncoderUNet(
         input_channels=in_channels,
         n_stages=len(shape.features),

@@ -7,12 +7,12 @@ section 3, and the authors' code for the layers of the decoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
 from s3d.model import Network, build_unet, mask_token
-from s3d.report import reconstruction_figure
 from s3d_kernels import BlockMask, BlockSparseTensor, sparse_instance_norm, to_sparse
 
 from .masked_autoencoder import MaskedAutoencoder
@@ -49,10 +49,10 @@ class SparK(MaskedAutoencoder):
 
 class SparKModel(nn.Module):
     """Sparse encoder; at each stage the features are normalised, filled with a mask token and brought to the width of
-    the decoder by a convolution (1x1x1 at the lowest resolution, none where its width fits, 3x3x3 at the others).
+    the decoder by a 3x3x3 convolution.
 
-    The decoder is as wide as the encoder at the lowest resolution, and halves its width whenever it doubles the
-    resolution.
+    At the lowest resolution the decoder is as wide as the encoder and needs no convolution; it halves its width
+    whenever it doubles the resolution.
 
     Where this differs from the published model: Batch norm is instance norm, here and in the decoder, as batches of
     volumes are tiny; before the mask tokens it has no affine part, which the convolution behind it can stand in for.
@@ -62,7 +62,7 @@ class SparKModel(nn.Module):
         unet: with an encoder that can be made sparse, strides 1, 2, 2, ...; becomes part of this module, its encoder
             is converted in place and its decoder is frozen.
     Raises:
-        TypeError: the encoder cannot be made sparse; says which layer.
+        ValueError: the encoder cannot be made sparse; says which layers.
     """
 
     def __init__(self, unet: Network) -> None:
@@ -73,10 +73,8 @@ class SparKModel(nn.Module):
         features: Sequence[int] = unet.encoder.output_channels  # from full resolution down
         widths = [max(1, features[-1] >> halvings) for halvings in reversed(range(len(features)))]
         self.mask_tokens = nn.ParameterList(nn.Parameter(mask_token(channels)) for channels in features)
-        lowest = nn.Identity() if features[-1] == widths[-1] else nn.Conv3d(features[-1], widths[-1], 1)
-        self.densify = nn.ModuleList(
-            [*(nn.Conv3d(channels, width, 3, padding=1) for channels, width in zip(features, widths)), lowest]
-        )
+        convolutions = [nn.Conv3d(channels, width, 3, padding=1) for channels, width in zip(features, widths)]
+        self.densify = nn.ModuleList([*convolutions[:-1], nn.Identity()])
         self.decoder = LightDecoder(widths)
 
     def forward(
@@ -111,8 +109,9 @@ class LightDecoder(nn.Module):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         # The stage that each leads to, from full resolution down.
-        self.blocks = nn.ModuleList(_up_block(low, high) for high, low in zip(widths, widths[1:]))
+        self.blocks = nn.ModuleList(_up_block(low, high) for high, low in pairwise(widths))
         self.head = nn.Conv3d(widths[0], 1, 1)
+        self.apply(_initialize)
 
     def forward(
         self,
@@ -136,3 +135,12 @@ def _up_block(in_channels: int, out_channels: int) -> nn.Sequential:
         nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.InstanceNorm3d(out_channels, affine=True),
     )
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Conv3d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -232,7 +232,7 @@ class S3D(nn.Module):
             to_sparse(unet)
         self.mask_tokens: nn.ParameterList | None = None
         if mask_tokens:
-            self.mask_tokens = nn.ParameterList(nn.Parameter(_mask_token(channels)) for channels in features)
+            self.mask_tokens = nn.ParameterList(nn.Parameter(mask_token(channels)) for channels in features)
         self.densify: nn.ModuleList | None = None
         if densify:
             convolutions = [nn.Conv3d(channels, channels, 3, padding=1) for channels in features[1:]]
@@ -308,6 +308,6 @@ def _kernels_are_faster(x: Tensor) -> bool:
     return x.device.type == "cpu" and computes_natively(x) and not torch.compiler.is_compiling()
 
 
-def _mask_token(channels: int) -> Tensor:
-    """[C]: truncated normal, std 0.02, clipped at 0.02."""
+def mask_token(channels: int) -> Tensor:
+    """[C], what fills masked positions before it has learned anything: truncated normal, std 0.02, clipped at 0.02."""
     return nn.init.trunc_normal_(torch.empty(channels), std=0.02, a=-0.02, b=0.02)

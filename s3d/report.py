@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .training_log import read_log
@@ -21,6 +24,49 @@ if TYPE_CHECKING:
 PLANES = ("axial", "coronal", "sagittal")
 
 
+@dataclass(frozen=True)
+class Column:
+    """Three planes of a volume, one below the other.
+
+    Attributes:
+        name: above them.
+        planes: see :func:`middle_planes`; [height, width] values, or [height, width, 3] colours in [0, 1].
+        low: value of the first colour.
+        high: value of the last colour.
+        colours: colour map of the values.
+    """
+
+    name: str
+    planes: Sequence[NDArray[Any]]
+    low: float = 0.0
+    high: float = 1.0
+    colours: str = "gray"
+
+
+def middle_planes(volume: NDArray[Any]) -> list[NDArray[Any]]:
+    """Axial, coronal and sagittal plane through the middle of a volume [D, H, W], superior (or anterior) up."""
+    return [np.take(volume, side // 2, axis=axis)[::-1] for axis, side in enumerate(volume.shape)]
+
+
+def planes_figure(columns: Sequence[Column], title: str = "") -> Figure:
+    """Three planes through the middle of some volumes beside each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.625 * len(columns), 8.2), layout="constrained")
+    axes = figure.subplots(len(PLANES), len(columns), squeeze=False)
+    for number, column in enumerate(columns):
+        for axis, plane in zip(axes[:, number], column.planes, strict=True):
+            axis.imshow(plane, cmap=column.colours, vmin=column.low, vmax=column.high)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0, number].set_title(column.name)
+    for axis, name in zip(axes[:, 0], PLANES, strict=True):
+        axis.set_ylabel(name)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
 def reconstruction_figure(
     target: Tensor,  # [N, 1, D, H, W]
     reconstruction: Tensor,  # [N, 1, D, H, W]
@@ -33,8 +79,6 @@ def reconstruction_figure(
     The reconstruction shows the network's output at masked voxels and the target elsewhere; both share one grey scale,
     and the title of the error column gives the mean squared error over the masked voxels of the volume.
     """
-    from matplotlib.figure import Figure
-
     truth = target[sample, 0].detach().float().cpu().numpy()
     guess = reconstruction[sample, 0].detach().float().cpu().numpy()
     visible = mask.to_dense()[sample, 0].cpu().numpy()
@@ -44,34 +88,32 @@ def reconstruction_figure(
     low, high = np.percentile(truth, [0.5, 99.5])
     limit = max(1e-6, float(np.percentile(np.abs(truth - truth.mean()), 99.5)))
 
-    figure = Figure(figsize=(10.5, 8.2), layout="constrained")
-    axes = figure.subplots(3, 4)
-    for row, plane in enumerate(PLANES):
-        middle = truth.shape[row] // 2
-        # Flipped, so that superior (or anterior) points up.
-        slices = [np.take(v, middle, axis=row)[::-1] for v in (truth, visible, completed, error)]
-        truth_slice, visible_slice, completed_slice, error_slice = slices
-        axes[row, 0].imshow(truth_slice, cmap="gray", vmin=low, vmax=high)
-        axes[row, 1].imshow(_with_masked_blue(truth_slice, visible_slice, low, high))
-        axes[row, 2].imshow(completed_slice, cmap="gray", vmin=low, vmax=high)
-        axes[row, 3].imshow(error_slice, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes[row, 0].set_ylabel(plane)
-    for axis, name in zip(axes[0], ("target", "masked input", "reconstruction", f"error (MSE {mse:.3f})"), strict=True):
-        axis.set_title(name)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    if title:
-        figure.suptitle(title)
-    return figure
+    seen = [
+        _with_masked_blue(values, shown, low, high)
+        for values, shown in zip(middle_planes(truth), middle_planes(visible), strict=True)
+    ]
+    return planes_figure(
+        [
+            Column("target", middle_planes(truth), low, high),
+            Column("masked input", seen),
+            Column("reconstruction", middle_planes(completed), low, high),
+            error_column(middle_planes(error), mse, limit),
+        ],
+        title,
+    )
+
+
+def error_column(planes: Sequence[NDArray[Any]], mse: float, limit: float) -> Column:
+    """The column of a figure that shows an error: red where too high, blue where too low; saturated at the limit."""
+    return Column(f"error (MSE {mse:.3f})", planes, -limit, limit, "RdBu_r")
 
 
 def _with_masked_blue(
-    values: np.ndarray,  # [H, W]
-    visible: np.ndarray,  # [H, W] bool
+    values: NDArray[Any],  # [H, W]
+    visible: NDArray[Any],  # [H, W] bool
     low: float,
     high: float,
-) -> np.ndarray:
+) -> NDArray[Any]:
     """[H, W, 3] in [0, 1]: grey where visible, blue where masked, so that masked is not taken for dark."""
     grey = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
     return np.where(visible[..., None], grey[..., None], np.array([0.16, 0.23, 0.42]))

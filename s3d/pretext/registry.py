@@ -6,7 +6,13 @@ from typing import Any
 
 from .masked_autoencoder import MaskedAutoencoder
 from .method import Pretext
+from .models_genesis import ModelsGenesis
+from .spark import SparK
+from .volume_fusion import VolumeFusion
 
 METHODS: dict[str, type[Pretext[Any]]] = {
     "s3d": MaskedAutoencoder,
+    "spark": SparK,
+    "models-genesis": ModelsGenesis,
+    "volumefusion": VolumeFusion,
 }

@@ -14,14 +14,16 @@ class SegmentationLoss:
     Dice is taken for each sample and foreground class, cross-entropy over all voxels. The output of resolution i (0 is
     the finest) weighs 2^-i; the coarsest of several does not count. Coarse labels take the nearest voxel.
 
+    Args:
+        include_background: whether class 0 counts as a class of the foreground.
     Source: Isensee et al., nnU-Net (Nature Methods 2021).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, include_background: bool = False) -> None:
         from monai.losses import DiceCELoss  # takes seconds to import
 
         self._loss = DiceCELoss(
-            include_background=False, to_onehot_y=True, softmax=True, smooth_nr=1e-5, smooth_dr=1e-5
+            include_background=include_background, to_onehot_y=True, softmax=True, smooth_nr=1e-5, smooth_dr=1e-5
         )
 
     def __call__(

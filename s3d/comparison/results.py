@@ -42,7 +42,9 @@ class EvaluatedCell:
     def __post_init__(self) -> None:
         expected = (len(self.cases), len(self.classes))
         if self.dice.shape != expected:
-            raise ValueError(f"dice of {self.folder} must be [cases, classes] = {expected}, got shape {self.dice.shape}")
+            raise ValueError(
+                f"dice of {self.folder} must be [cases, classes] = {expected}, got shape {self.dice.shape}"
+            )
 
 
 @dataclass(frozen=True)

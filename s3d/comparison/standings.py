@@ -221,9 +221,7 @@ class Scoreboard:
         self.reference = reference
         self.tasks = tasks_of(results)
         self.seeds = seeds_of(results)
-        self._cells = {
-            (cell.method, Task(cell.dataset, cell.labels), cell.seed): cell for cell in results.evaluated
-        }
+        self._cells = {(cell.method, Task(cell.dataset, cell.labels), cell.seed): cell for cell in results.evaluated}
         self.check_methods([reference])
 
     def check_methods(self, methods: Iterable[str]) -> None:
@@ -274,9 +272,7 @@ class Scoreboard:
         """The reference, not yet corrected for other tests; None: runs of either are missing."""
         if method == self.reference or not all(self.complete(name, tasks) for name in (method, self.reference)):
             return None
-        tables = [
-            _case_dice(self.cells(method, task)) - _case_dice(self.cells(self.reference, task)) for task in tasks
-        ]
+        tables = [_case_dice(self.cells(method, task)) - _case_dice(self.cells(self.reference, task)) for task in tasks]
         of_case = []
         for dataset in dict.fromkeys(task.dataset for task in tasks):
             rows = [table for task, table in zip(tasks, tables) if task.dataset == dataset]

@@ -71,24 +71,68 @@ def mean_with_interval(
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Owen, The pigeonhole bootstrap
         (Annals of Applied Statistics 2007).
     """
-    table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
-    if table.ndim != 2:
-        raise ValueError(f"scores must be [cases] or [seeds, cases], got shape {table.shape}")
-    table = table[:, ~np.isnan(table).all(axis=0)]
-    seeds, cases = table.shape
-    if not cases:
+    return average_with_interval([np.atleast_2d(scores)], confidence=confidence, resamples=resamples, seed=seed)
+
+
+def average_with_interval(
+    tables: Sequence[NDArray[np.floating]],  # of [seeds, cases]
+    same_cases: Sequence[str] | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean over tables of each table's mean, and its bootstrap interval: all tables count the same.
+
+    Cases are drawn within each table. The draws of seeds are the same for all tables, so that what a seed does to
+    all of them (a pre-trained network that they share, say) stays in the interval; where seeds do nothing in common,
+    the interval is right as well. Tables of the same cases share the draws of cases for the same reason.
+
+    Args:
+        tables: scores of a data set each, under the same seeds in the same order.
+        same_cases: for each table a name that it shares with the tables of the same cases in the same order
+            (a data set under several numbers of labels); None: no two tables share their cases.
+        confidence, resamples, seed: as for `mean_with_interval`.
+    Returns: all NaN where a table has no score.
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    scores = [np.asarray(table, dtype=np.float64) for table in tables]
+    for table in scores:
+        if table.ndim != 2:
+            raise ValueError(f"scores must be [cases] or [seeds, cases], got shape {table.shape}")
+    groups: dict[str, list[NDArray[np.float64]]] = {}
+    for name, table in zip(map(str, range(len(scores))) if same_cases is None else same_cases, scores, strict=True):
+        groups.setdefault(name, []).append(table)
+    for name, group in groups.items():
+        if len({table.shape for table in group}) > 1:
+            shapes = ", ".join(str(table.shape) for table in group)
+            raise ValueError(f"tables of the same cases ({name}) must have the same shape, got {shapes}")
+    if len({len(table) for table in scores}) > 1:
+        raise ValueError(f"tables must have the same seeds, got {', '.join(str(len(table)) for table in scores)}")
+    if not scores or any(np.isnan(table).all() for table in scores):
         return Interval(math.nan, math.nan, math.nan)
-    mean = float(np.nanmean(table))
-    if table.size == 1:
-        return Interval(mean, math.nan, math.nan)
+    # Without the cases that have no score at all.
+    for group in groups.values():
+        there = ~np.all([np.isnan(table).all(axis=0) for table in group], axis=0)
+        group[:] = [table[:, there] for table in group]
+    kept = [table for group in groups.values() for table in group]
+    average = float(np.mean([np.nanmean(table) for table in kept]))
+    if all(table.size == 1 for table in kept):
+        return Interval(average, math.nan, math.nan)
     generator = np.random.default_rng(seed)
-    seed_counts, case_counts = _draw(generator, resamples, seeds), _draw(generator, resamples, cases)
-    total, number = (
-        ((seed_counts @ values) * case_counts).sum(axis=1) for values in (np.nan_to_num(table), 1.0 - np.isnan(table))
-    )
-    means = total[number > 0] / number[number > 0]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(mean, float(low), float(high))
+    seed_counts = _draw(generator, resamples, len(kept[0]))
+    averages = np.zeros(resamples)
+    for group in groups.values():
+        case_counts = _draw(generator, resamples, group[0].shape[1])
+        for table in group:
+            total, number = (
+                ((seed_counts @ values) * case_counts).sum(axis=1)
+                for values in (np.nan_to_num(table), 1.0 - np.isnan(table))
+            )
+            averages += np.divide(total, number, out=np.full(resamples, np.nan), where=number > 0)
+    low, high = np.nanquantile(averages / len(kept), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(average, float(low), float(high))
 
 
 def _draw(generator: np.random.Generator, resamples: int, number: int) -> NDArray[np.int_]:

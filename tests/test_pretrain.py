@@ -416,8 +416,9 @@ def test_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         accumulate augment backend batch-size checkpoint-activations checkpoint-every compile densify device ema-decay
         foreground gradient-clip help images learning-rate log-every machine mask-block mask-ratio mask-tokens
         max-skipped method momentum no-augment no-checkpoint-activations no-compile no-densify no-mask-tokens
-        no-shortcuts no-skip-bad no-sparse optimizer output-dir patch-size precision preset ratio-per resume seed shortcuts
-        skip-bad spacing-mm sparse steps validate-every validation-fraction volumes warmup-steps weight-decay workers
+        no-shortcuts no-skip-bad no-sparse optimizer output-dir patch-size precision preset ratio-per resume seed
+        shortcuts skip-bad spacing-mm sparse steps validate-every validation-fraction volumes warmup-steps
+        weight-decay workers
     """.split()
     assert options == set(expected)
 

@@ -118,16 +118,16 @@ class ModelsGenesis(Pretext[RestorationProblem]):
         seen, restored, target = (
             volume[0, 0].detach().float().cpu().numpy() for volume in (problem.transformed, output, problem.target)
         )
-        error = restored - target
-        if problem.valid is not None:
-            error = np.where(problem.valid[0, 0].cpu().numpy(), error, 0.0)
+        counted = np.ones(target.shape, bool) if problem.valid is None else problem.valid[0, 0].cpu().numpy()
+        error = np.where(counted, restored - target, 0.0)
+        mse = float(np.square(error).sum() / max(1, counted.sum()))
         high = max(1e-6, float(np.percentile(target, 99.5)))
         return planes_figure(
             [
                 Column("input", middle_planes(seen)),
                 Column("restored", middle_planes(restored), 0.0, high),
                 Column("target", middle_planes(target), 0.0, high),
-                error_column(middle_planes(error), float(np.square(error).mean()), high / 2),
+                error_column(middle_planes(error), mse, high / 2),
             ],
             title,
         )
@@ -263,7 +263,7 @@ Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 def draw_inner_boxes(shape: Sequence[int], rng: np.random.Generator) -> list[Box]:
     """Boxes to paint: none to five of a sixth to a third of the volume's sides."""
-    boxes = []
+    boxes: list[Box] = []
     while len(boxes) < BOXES and rng.random() < ANOTHER_BOX:
         boxes.append(_draw_box(shape, [side // 6 for side in shape], [side // 3 for side in shape], rng))
     return boxes

@@ -69,7 +69,9 @@ class SparKModel(nn.Module):
         super().__init__()
         self.unet = unet
         to_sparse(unet.encoder)
+        # In this order: the decoder of a ResEnc U-Net has the encoder as a part.
         unet.decoder.requires_grad_(False)
+        unet.encoder.requires_grad_(True)
         features: Sequence[int] = unet.encoder.output_channels  # from full resolution down
         widths = [max(1, features[-1] >> halvings) for halvings in reversed(range(len(features)))]
         self.mask_tokens = nn.ParameterList(nn.Parameter(mask_token(channels)) for channels in features)

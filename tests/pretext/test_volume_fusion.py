@@ -157,7 +157,8 @@ def test_foreground_is_another_volume() -> None:
 
 def test_coefficients_are_learned(pretext: VolumeFusion) -> None:
     before, after = losses_before_and_after(pretext, steps=60, learning_rate=1e-2)
-    assert after < 0.8 * before
+    trivial = pretext.trivial_loss(pretext.pose(smooth_volumes(2), None, draw(1000)))
+    assert after < 0.95 * min(before, trivial)
 
 
 def test_figure_shows_how_many_are_right(pretext: VolumeFusion) -> None:

@@ -19,7 +19,6 @@ from s3d.pretext.models_genesis import (
     draw_inner_boxes,
     draw_outer_boxes,
     draw_windows,
-    in_boxes,
     scaled,
     shuffle_windows,
     transform,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import configure
-from toy_training import SHAPE, draw, losses_before_and_after, smooth_volumes
 from torch import Tensor, nn
+from toy_training import SHAPE, draw, losses_before_and_after, smooth_volumes
 
 from s3d.model import PRESETS, Preset, build_unet
 from s3d.pretext.spark import LightDecoder, SparK, SparKModel

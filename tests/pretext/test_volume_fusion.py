@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from small_runs import configure
-from toy_training import SHAPE, draw, losses_before_and_after, smooth_volumes
 from torch import Tensor
+from toy_training import SHAPE, draw, losses_before_and_after, smooth_volumes
 
 from s3d.pretext import volume_fusion
 from s3d.pretext.volume_fusion import COEFFICIENTS, VolumeFusion, draw_boxes, foreground_of, fuse, paint_classes

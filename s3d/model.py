@@ -1,4 +1,4 @@
-"""S3D: a ResEnc U-Net masked autoencoder whose encoder computes only visible voxels.
+"""S3D: a U-Net masked autoencoder whose encoder computes only visible voxels.
 
 Source: Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation" (CVPR 2025), section 3.
 """
@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -198,12 +199,13 @@ class S3D(nn.Module):
     ``mask_tokens``; with ``densify``, the method itself.
 
     Args:
-        unet: a ResEnc U-Net, see :func:`build_unet`; becomes part of this module, its encoder is converted in place.
+        unet: see :func:`build_unet`; becomes part of this module, converted in place.
         sparse: sparse convolution and normalisation in the encoder.
         mask_tokens: per stage, instance norm (no affine) of the visible features and a learned vector elsewhere.
         densify: a 3x3x3 convolution with bias on the filled features of every stage but the first.
         shortcuts: leave out of densification and decoder what is known beforehand. The result is the same up to
-            rounding. It needs ``sparse``, without which it has no meaning, and is not for compiled graphs.
+            rounding. It needs ``sparse``, without which it has no meaning, and is not for compiled graphs. Decoders
+            other than a ``UNetDecoder`` compute all.
     Raises:
         ValueError: a switch without the one it builds on.
     """
@@ -229,7 +231,7 @@ class S3D(nn.Module):
         self.checkpointed = False
         features: Sequence[int] = unet.encoder.output_channels
         if sparse:
-            to_sparse(unet)
+            to_sparse(unet if isinstance(unet.decoder, UNetDecoder) else unet.encoder)
         self.mask_tokens: nn.ParameterList | None = None
         if mask_tokens:
             self.mask_tokens = nn.ParameterList(nn.Parameter(mask_token(channels)) for channels in features)
@@ -295,6 +297,9 @@ class S3D(nn.Module):
 
     def _decode(self, skips: list[FilledTensor | Tensor], kernels: bool, unwanted: BlockMask | None) -> Tensor:
         """The reconstruction [N, C, D, H, W]; where it is `unwanted` (default: nowhere) it may be zero."""
+        if not isinstance(self.unet.decoder, UNetDecoder):  # of which `decode` knows what to leave out
+            skips = [skip.to_dense() if isinstance(skip, FilledTensor) else skip for skip in skips]
+            kernels = False
         if not kernels and not any(isinstance(skip, FilledTensor) for skip in skips):
             reconstruction: Tensor = self.unet.decoder(skips)
             return reconstruction

@@ -83,10 +83,12 @@ class ConvNeXtEncoder(nn.Module):
         self.output_channels = list(features)
         # What a UNetDecoder asks of its encoder.
         self.strides = [list(stride) for stride in strides]
-        self.kernel_sizes = [[min(side, KERNEL_SIZE) for side in kernel] for kernel in kernel_sizes]
+        self.kernel_sizes: list[Triple] = [tuple(min(k, KERNEL_SIZE) for k in kernel) for kernel in kernel_sizes]  # type: ignore[misc]
         self.conv_op, self.conv_bias = nn.Conv3d, True
         self.dropout_op = self.dropout_op_kwargs = None
-        self.stem = nn.Sequential(_same(in_channels, features[0], self.kernel_sizes[0]), ChannelLayerNorm(features[0]))
+        self.stem = nn.Sequential(
+            nn.Conv3d(in_channels, features[0], self.kernel_sizes[0], padding="same"), ChannelLayerNorm(features[0])
+        )
         stages = []
         for stage, (channels, number) in enumerate(zip(features, blocks, strict=True)):
             layers: list[nn.Module] = [ConvNeXtBlock(channels, kernel_sizes[stage]) for _ in range(number)]
@@ -126,7 +128,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, channels: int, kernel_size: Triple) -> None:
         super().__init__()
-        self.depthwise = _same(channels, channels, kernel_size, groups=channels)
+        self.depthwise = nn.Conv3d(channels, channels, kernel_size, padding="same", groups=channels)
         self.norm = ChannelLayerNorm(channels)
         self.expand = nn.Conv3d(channels, EXPANSION * channels, 1)
         self.activation = nn.GELU()
@@ -208,9 +210,3 @@ def _root(squares: Tensor) -> Tensor:
 def _where_visible(blocks: Tensor, mask: BlockMask) -> Tensor:
     """[V, bd, bh, bw, C] with zeros at the masked voxels of partly visible blocks; gradients do not pass there."""
     return blocks if mask.voxels is None else torch.where(mask.voxels[..., None], blocks, 0)
-
-
-def _same(in_channels: int, out_channels: int, kernel_size: Sequence[int], groups: int = 1) -> nn.Conv3d:
-    """A convolution that keeps the resolution."""
-    padding = tuple(side // 2 for side in kernel_size)
-    return nn.Conv3d(in_channels, out_channels, tuple(kernel_size), padding=padding, groups=groups)

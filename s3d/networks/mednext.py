@@ -7,9 +7,13 @@ blocks are those of MONAI.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from monai.networks.blocks.mednext_block import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
 from torch import Tensor, nn
+
+from s3d_kernels import BlockSparseTensor
 
 from .encoder_decoder import EncoderDecoder
 
@@ -79,7 +83,7 @@ class MedNeXtEncoder(nn.Module):
         x = self.stem(x)
         outputs = []
         for stage in self.stages:
-            x = stage(x)
+            x = stage(_fast_memory(x))
             outputs.append(x)
         return outputs
 
@@ -124,10 +128,20 @@ class MedNeXtDecoder(nn.Module):
         *finer, x = skips
         outputs = []
         for up, stage, head, skip in zip(self.transpconvs, self.stages, self.seg_layers, finer[::-1], strict=True):
-            x = stage(up(x) + skip)
+            x = stage(_fast_memory(up(_fast_memory(x)) + skip))
             if self.deep_supervision or head is self.seg_layers[-1]:
                 outputs.append(head(x))
         return outputs[::-1] if self.deep_supervision else outputs[-1]
+
+
+def _fast_memory(x: Any) -> Any:
+    """The same features; dense ones on a CPU in channels-last memory.
+
+    In other memory torch takes there twice as long for the gradients of depthwise convolutions.
+    """
+    if isinstance(x, BlockSparseTensor) or x.device.type != "cpu":
+        return x
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _block(channels: int, expansion: int, kernel_size: int) -> MedNeXtBlock:

@@ -6,7 +6,9 @@ from typing import Any
 
 from .masked_autoencoder import MaskedAutoencoder
 from .method import Pretext
+from .voco import VoCo
 
 METHODS: dict[str, type[Pretext[Any]]] = {
     "s3d": MaskedAutoencoder,
+    "voco": VoCo,
 }

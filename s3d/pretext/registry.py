@@ -8,6 +8,7 @@ from .masked_autoencoder import MaskedAutoencoder
 from .method import Pretext
 from .models_genesis import ModelsGenesis
 from .spark import SparK
+from .voco import VoCo
 from .volume_fusion import VolumeFusion
 
 METHODS: dict[str, type[Pretext[Any]]] = {
@@ -15,4 +16,5 @@ METHODS: dict[str, type[Pretext[Any]]] = {
     "spark": SparK,
     "models-genesis": ModelsGenesis,
     "volumefusion": VolumeFusion,
+    "voco": VoCo,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from .data.store import write_atomically
 from .training_log import read_log
 
 if TYPE_CHECKING:
@@ -153,6 +155,12 @@ def memory_figure(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG of 110 dots per inch."""
+    """Write a PNG of 110 dots per inch; the file is as it was before or complete.
+
+    Raises:
+        OSError: it could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_atomically(path, content.getvalue())

@@ -163,7 +163,8 @@ def _write_figures(
 
 def linked_table(table: LinkedTable) -> str:
     """A table as HTML: below each number small links to the folders of the runs that it comes from."""
-    return html_table(table.header, [[_linked_cell(cell) for cell in row] for row in table.rows])
+    rows = [[_linked_cell(cell) for cell in row] for row in table.rows]
+    return f'<div style="overflow-x: auto">{html_table(table.header, rows)}</div>'
 
 
 def _linked_cell(cell: Cell) -> Html:

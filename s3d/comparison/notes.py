@@ -38,7 +38,7 @@ def statistics_notes(results: Results, found: Standings) -> list[str]:
         "Dice in %: mean over the classes of a case, then over test cases and seeds. The average counts each column "
         "(data set and number of labels) the same. Bold: best; italic: second best, by the digits shown.",
         "Ranks: 1 is the highest mean Dice of a column, equals share the mean of their places; averaged over columns.",
-        f"Intervals ({CONFIDENCE:.0%}): bootstrap over test cases within each data set"
+        f"In brackets: {CONFIDENCE:.0%} intervals, by bootstrap over test cases within each data set"
         + (
             ", and over seeds, drawn independently of each other."
             if seeds > 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from s3d.comparison.notes import NOTHING, missing_notes
 from s3d.comparison.standings import Cost, LabelStanding, Score, Standing, Standings, Task
-from s3d.segmentation.comparison import CONFIDENCE, Interval
+from s3d.segmentation.comparison import Interval
 from s3d.segmentation.summary import Table
 
 DECIMALS = 2  # of Dice in percent and of ranks
@@ -60,7 +60,6 @@ class LinkedTable:
 
 def standings_table(title: str, found: Standings) -> LinkedTable:
     """Methods on all tasks: Dice, average, average rank, difference to the reference, cost of pre-training."""
-    interval = f"[{CONFIDENCE:.0%} interval]"
     columns: list[list[Cell]] = [[Cell(row.method) for row in found.rows]]
     for task in found.tasks:
         scores = [row.scores.get(task) for row in found.rows]
@@ -76,10 +75,10 @@ def standings_table(title: str, found: Standings) -> LinkedTable:
     columns += [list(column) for column in zip(*(_cost_cells(row.cost) for row in found.rows))]
     header = (
         "method",
-        *(f"{task} {interval}" for task in found.tasks),
-        f"average {interval}",
+        *(str(task) for task in found.tasks),
+        "average",
         "average rank",
-        f"difference to {found.reference} {interval}",
+        f"difference to {found.reference}",
         "p, Holm",
         "pre-training",
         "PFLOP",
@@ -101,7 +100,6 @@ def labels_table(dataset: str, found: Sequence[LabelStanding], reference: str, s
         {task for row in found for task in row.scores},
         key=lambda task: math.inf if task.labels is None else task.labels,
     )
-    interval = f"[{CONFIDENCE:.0%} interval]"
     columns: list[list[Cell]] = [[Cell(row.method) for row in found]]
     for task in tasks:
         scores = [row.scores.get(task) for row in found]
@@ -113,8 +111,8 @@ def labels_table(dataset: str, found: Sequence[LabelStanding], reference: str, s
         columns.append([Cell(_difference_and_p(row, task, reference)) for row in found])
     header = (
         "method",
-        *(f"{task.labels_text} labels {interval}" for task in tasks),
-        *(f"{task.labels_text} labels, difference to {reference} {interval}" for task in tasks),
+        *(f"{task.labels_text} labels" for task in tasks),
+        *(f"{task.labels_text} labels, difference to {reference}" for task in tasks),
     )
     return LinkedTable(f"Number of labels: {dataset}", header, list(zip(*columns)))
 
@@ -131,11 +129,15 @@ def _with_places(
     cells: list[Cell],
     values: Sequence[float | None],  # one for each cell, the highest is best; None: out of competition
 ) -> list[Cell]:
-    """The same with the best and the second best marked: by what is printed, so that equal numbers are marked alike."""
-    there = sorted({round(value, DECIMALS) for value in values if value is not None}, reverse=True)
+    """The same with the best and, of three or more, the second best marked.
+
+    By the digits that are printed, so that equal numbers are marked alike.
+    """
+    there = [round(value, DECIMALS) for value in values if value is not None]
     if len(there) < 2:
         return cells
-    place_of = {value: place for place, value in enumerate(there[:2], start=1)}
+    best_first = sorted(set(there), reverse=True)[: 2 if len(there) > 2 else 1]
+    place_of = {value: place for place, value in enumerate(best_first, start=1)}
     return [
         Cell(cell.text, 0 if value is None else place_of.get(round(value, DECIMALS), 0), cell.folders)
         for cell, value in zip(cells, values)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from s3d.segmentation.comparison import (
     Interval,
+    average_with_interval,
     compare_runs,
     holm,
     mean_score,
@@ -125,3 +126,56 @@ def test_ranks_share_places() -> None:
     assert found.mean(axis=0).tolist() == pytest.approx([5.5 / 3, 5 / 3, 7.5 / 3])
     with pytest.raises(ValueError, match="every run needs a score on every data set"):
         ranks(np.array([[0.9, NAN]]))
+
+
+def test_average_over_data_sets_counts_them_alike() -> None:
+    small, large = np.array([[0.2, 0.4]]), np.array([[0.8, 0.9, 1.0, NAN, 0.9]])
+    interval = average_with_interval([small, large])
+    assert interval.mean == pytest.approx((0.3 + 0.9) / 2)
+    assert 0.5 <= interval.low < interval.mean < interval.high <= 0.7
+    assert average_with_interval([large]) == mean_with_interval(large)
+    # Variances of independent means add up: half of the square root of their sum.
+    generator = np.random.default_rng(0)
+    tables = [generator.normal(size=(1, 60)) for _ in range(2)]
+    widths = [interval.high - interval.low for interval in map(mean_with_interval, tables)]
+    both = average_with_interval(tables)
+    assert both.high - both.low == pytest.approx(math.hypot(*widths) / 2, rel=0.03)
+
+
+def test_average_of_the_same_cases_draws_them_together() -> None:
+    table = np.random.default_rng(0).normal(size=(1, 60))
+    alone = mean_with_interval(table)
+    # Twice the same is not known better; and against itself reversed the mean does not move.
+    assert average_with_interval([table, table], ["liver", "liver"]) == alone
+    fixed = average_with_interval([table, -table], ["liver", "liver"])
+    assert (fixed.low, fixed.high) == pytest.approx((0, 0), abs=1e-12)
+    apart = average_with_interval([table, table], ["liver", "spleen"])
+    assert apart.high - apart.low < 0.8 * (alone.high - alone.low)
+
+
+def test_average_draws_seeds_for_all_data_sets_together() -> None:
+    of_seed = np.array([[-1.0], [0.0], [1.0]])
+    tables = [np.repeat(of_seed, 5, axis=1), np.repeat(of_seed, 9, axis=1)]
+    assert average_with_interval(tables) == mean_with_interval(tables[0])
+    against_each_other = average_with_interval([tables[0], -tables[1]])
+    assert (against_each_other.low, against_each_other.high) == pytest.approx((0, 0), abs=1e-12)
+
+
+def test_intervals_of_averages_hold_the_true_mean() -> None:
+    generator = np.random.default_rng(2)
+    held = []
+    for k in range(200):
+        tables = [generator.normal(size=(8, 1)) + generator.normal(size=(8, n)) for n in (20, 40)]
+        interval = average_with_interval(tables, resamples=500, seed=k)
+        held.append(interval.low <= 0 <= interval.high)
+    assert 0.86 <= np.mean(held) <= 0.97
+
+
+def test_averages_that_do_not_exist() -> None:
+    assert str(average_with_interval([])) == str(Interval(NAN, NAN, NAN))
+    assert str(average_with_interval([np.ones((1, 2)), np.full((1, 2), NAN)])) == str(Interval(NAN, NAN, NAN))
+    assert str(average_with_interval([np.zeros((1, 1)), np.ones((1, 1))])) == str(Interval(0.5, NAN, NAN))
+    with pytest.raises(ValueError, match="tables must have the same seeds, got 1, 2"):
+        average_with_interval([np.ones((1, 2)), np.ones((2, 2))])
+    with pytest.raises(ValueError, match=r"same cases \(liver\) must have the same shape, got \(1, 2\), \(1, 3\)"):
+        average_with_interval([np.ones((1, 2)), np.ones((1, 3))], ["liver", "liver"])

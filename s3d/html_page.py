@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +18,12 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; }
 th { text-align: left; } img { max-width: 100%; } pre { background: #f5f5f5; padding: 1em; overflow-x: auto; }
 """
+
+
+class Html(str):
+    """Text that is HTML already, where plain text is escaped."""
+
+    __slots__ = ()
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:
@@ -43,11 +50,25 @@ def html_code(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
+def html_link(text: str, target: str) -> Html:
+    """A link to a file, relative to the page."""
+    return Html(f'<a href="{html.escape(quote(target))}">{html.escape(text)}</a>')
+
+
+def html_list(sentences: Iterable[str]) -> str:
+    """Points below each other."""
+    return "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
 def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of plain texts and numbers."""
+    """A table of texts and numbers; cells of `Html` stay as they are."""
     lines = ["<table><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
+    lines += ["<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return "\n".join([*lines, "</table>"])
+
+
+def _cell(cell: object) -> str:
+    return cell if isinstance(cell, Html) else html.escape(str(cell))
 
 
 def html_figure(figure: Figure, caption: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .data.store import write_atomically
 from .training_log import read_log
 
 if TYPE_CHECKING:
@@ -195,6 +197,12 @@ def memory_figure(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG of 110 dots per inch."""
+    """Write a PNG of 110 dots per inch; the file is as it was before or complete.
+
+    Raises:
+        OSError: it could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_atomically(path, content.getvalue())

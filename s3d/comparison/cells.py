@@ -15,7 +15,15 @@ from typing import Any
 from s3d.pretrain_config import PretrainConfig
 from s3d.segmentation.finetune_config import FinetuneConfig
 
-from .protocol import UNKNOWN_STEPS, LabelledDataset, Protocol, Settings, finetuning_settings, pretraining_settings, slug_of
+from .protocol import (
+    UNKNOWN_STEPS,
+    LabelledDataset,
+    Protocol,
+    Settings,
+    finetuning_settings,
+    pretraining_settings,
+    slug_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +143,10 @@ def _finetuning_identity(protocol: Protocol, cell: FinetuningCell) -> str:
     steps = {"steps": UNKNOWN_STEPS} if protocol.budget else {}
     checkpoint = None if start is None else start.folder
     config = FinetuneConfig(
-        output_dir=Path(), dataset=Path(cell.dataset.folder), checkpoint=checkpoint, seed=cell.seed, **{**values, **steps}
+        output_dir=Path(),
+        dataset=Path(cell.dataset.folder),
+        checkpoint=checkpoint,
+        seed=cell.seed,
+        **{**values, **steps},
     )
     return json.dumps(["finetuning", cell.dataset.name, cell.labels, config.plain()])

@@ -91,8 +91,8 @@ def compare(config: CompareConfig) -> None:
     if outcome.failed:
         named = "; ".join(f"{cell.title} ({why})" for cell, why in outcome.failed)
         raise FailedCellsError(
-            f"{len(outcome.failed)} of {len(matrix.cells)} runs failed: {named}. What is finished is kept, and the same "
-            "command tries them again."
+            f"{len(outcome.failed)} of {len(matrix.cells)} runs failed: {named}. What is finished is kept, and the "
+            "same command tries them again."
         )
 
 
@@ -121,25 +121,26 @@ def _devices(wanted: tuple[str, ...]) -> tuple[str, ...]:
     names = [name for device in wanted for name in ((gpus or ["cpu"]) if device == "auto" else [device])]
     for name in names:
         if name not in ("cpu", *gpus):
-            raise ValueError(f"devices must be auto, cpu or GPUs of this machine ({', '.join(gpus) or 'none'}), got {name!r}")
+            raise ValueError(
+                f"devices must be auto, cpu or GPUs of this machine ({', '.join(gpus) or 'none'}), got {name!r}"
+            )
     return tuple(names)
 
 
 def _prepare(matrix: Matrix, place: Workplace) -> None:
     """What cells share, and mistakes that would stop them: before the first one begins."""
     left: list[Cell] = [cell for cell in matrix.cells if read_record(place.output / cell.folder) is None]
-    stores = {}
+    datasets: dict[str, FinetuningCell] = {}
+    volumes: dict[Path, PretrainingCell] = {}
     for cell in left:
         if isinstance(cell, FinetuningCell):
-            stores[cell.dataset.name] = cell
-        elif (volumes := shared_volumes(cell.settings, place)) is not None:
-            stores[str(volumes[0])] = cell
-    for cell in stores.values():
-        if isinstance(cell, FinetuningCell):
-            link_test_cases(labelled_cases(cell.dataset, place.data, links_of(cell, place)))
-    for cell in stores.values():
-        if isinstance(cell, PretrainingCell):
-            _preprocess(cell, place)
+            datasets[cell.dataset.name] = cell
+        elif (shared := shared_volumes(cell.settings, place)) is not None:
+            volumes[shared[0]] = cell
+    for tuning in datasets.values():
+        link_test_cases(labelled_cases(tuning.dataset, place.data, links_of(tuning, place)))
+    for training in volumes.values():
+        _preprocess(training, place)
 
 
 def _preprocess(cell: PretrainingCell, place: Workplace) -> None:

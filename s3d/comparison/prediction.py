@@ -95,8 +95,8 @@ def predicted_cost(matrix: Matrix, place: Workplace, tflops: float | None) -> st
         )
     notes = (
         "- Training steps only: validation, segmentation of the test cases and preprocessing come on top.\n"
-        "- Operations are those of an exact direct algorithm (docs/performance.md). Of a patch that is planned from the "
-        "data, they are those of the fixed patch.\n"
+        "- Operations are those of an exact direct algorithm (docs/performance.md). Of a patch that is planned from "
+        "the data, they are those of the fixed patch.\n"
     )
     return f"{table.markdown()}\n\n{summary}.\n\n{notes}"
 
@@ -120,9 +120,7 @@ def _patch_of(cell: FinetuningCell, place: Workplace) -> tuple[int, int, int]:
         return tuning.patch_size
     if cell.pretraining is None:
         return PUBLISHED_PATCH
-    return pretrain_config(
-        cell.pretraining, place, "auto", None if place.budget is None else UNKNOWN_STEPS
-    ).patch_size
+    return pretrain_config(cell.pretraining, place, "auto", None if place.budget is None else UNKNOWN_STEPS).patch_size
 
 
 def _row(cells: list[Cell], place: Workplace, counted: dict[Any, float]) -> _Row:
@@ -171,10 +169,10 @@ def _flops(cell: Cell, place: Workplace, counted: dict[Any, float]) -> float:
         preset = pretrain_config(cell.pretraining, place, "cpu", steps).preset
     channels, classes = _channels_and_classes(place.data / cell.dataset.folder)
     patch = _patch_of(cell, place)
-    key = (preset, patch, channels, classes)
-    if key not in counted:
-        counted[key] = finetuning_step_flops(preset_shape(preset or "resenc-l"), patch, channels, classes)
-    return counted[key] * tuning.batch_size
+    network = (preset, patch, channels, classes)
+    if network not in counted:
+        counted[network] = finetuning_step_flops(preset_shape(preset or "resenc-l"), patch, channels, classes)
+    return counted[network] * tuning.batch_size
 
 
 _COUNTED = "method preset sparse mask_tokens densify shortcuts patch_size mask_block mask_ratio batch_size".split()

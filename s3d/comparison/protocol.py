@@ -155,9 +155,7 @@ def parse_protocol(content: Any) -> Protocol:
     settings_of(pretraining, PretrainConfig, OURS_OF_PRETRAINING, "pretraining")
     settings_of(finetuning, FinetuneConfig, OURS_OF_FINETUNING, "finetuning")
     budget = _budget(given.get("budget"))
-    methods = tuple(
-        _method(name, value, pretraining) for name, value in _named(given, "methods").items()
-    )
+    methods = tuple(_method(name, value, pretraining) for name, value in _named(given, "methods").items())
     datasets = tuple(_dataset(name, value) for name, value in _named(given, "datasets").items())
     names = [method.name for method in methods]
     seeds = _seeds(entry(given, "seeds", ""))
@@ -260,7 +258,7 @@ def _check_steps(budget: Budget | None, settings: Settings, place: str) -> None:
         raise ValueError(f"{place}: steps and budget exclude each other; leave out one of them")
 
 
-def _build(config: type[PretrainConfig] | type[FinetuneConfig], values: dict[str, Any], place: str) -> None:
+def _build(config: type[PretrainConfig | FinetuneConfig], values: dict[str, Any], place: str) -> None:
     try:
         config(output_dir=Path(), **values)
     except ValueError as error:

@@ -180,9 +180,7 @@ def _finetune(cell: Any, place: Workplace, device: str) -> dict[str, Any]:
         some = finetune_config(cell, place, device, WARM_STEPS + TIMED_STEPS)
         unseen = folder / "splits-timing.json"
         write_atomically(unseen, json.dumps([{**split, "val": []}], indent=1).encode())
-        some = dataclasses.replace(
-            some, splits=unseen, warmup_steps=None, validate_every=NEVER, checkpoint_every=NEVER
-        )
+        some = dataclasses.replace(some, splits=unseen, warmup_steps=None, validate_every=NEVER, checkpoint_every=NEVER)
         steps = _affordable_steps(some, place.budget.finetuning_seconds)
     config = finetune_config(cell, place, device, steps)
     result = finetune(config)

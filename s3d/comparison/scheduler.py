@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,9 @@ from .run_cell import OUTPUT, CellStoppedError, Workplace, read_record, run_cell
 
 # Of what has failed, so many lines are shown.
 SHOWN_LINES = 12
-# Seconds between looks at the logs of running cells, and between reminders to processes that are to stop.
-LOOK, REMIND = 1.0, 3.0
+# Seconds between looks at the logs of running cells, where a person sees the bar and where a file keeps it, and between
+# reminders to processes that are to stop.
+LOOK, LOOK_FILED, REMIND = 1.0, 60.0, 3.0
 
 
 @dataclass
@@ -58,7 +60,7 @@ def run_cells(
     """
     left = [cell for cell in cells if read_record(place.output / cell.folder) is None]
     outcome = Outcome()
-    with _Bar(cells, left, place, cost) as bar:
+    with contextlib.closing(_Bar(cells, left, place, cost)) as bar:
         queue = _Queue(left, bar, outcome, cost)
         if devices:
             _run_beside_each_other(queue, place, devices)
@@ -165,7 +167,7 @@ def _run_beside_each_other(queue: _Queue, place: Workplace, devices: Sequence[st
 
 def _settle(worker: _Worker, queue: _Queue, place: Workplace, stopping: bool) -> _Worker:
     """Take the answer of a worker. Returns: it, or the one that takes the place of one that died."""
-    cell = worker.cell
+    cell, worker.cell = worker.cell, None
     assert cell is not None
     try:
         what, why = worker.connection.recv()
@@ -214,10 +216,11 @@ class _Worker:
             self.process.terminate()
 
     def end(self) -> None:
+        """Where it has nothing to do, it ends as nobody speaks to it any more."""
         self.connection.close()
-        self._reminded = 0.0
         while self.process.is_alive():
-            self.stop()
+            if self.cell is not None:
+                self.stop()
             self.process.join(0.1)
 
 
@@ -256,8 +259,8 @@ def _serve(connection: Connection, device: str, threads: int) -> None:
                 connection.send(("failed", _one_line(error)))
             else:
                 connection.send(("done", ""))
-    except (EOFError, ConnectionError):
-        return
+    except (EOFError, ConnectionError, SystemExit):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
 
 
 def _end_with_parent() -> None:
@@ -285,14 +288,12 @@ class _Bar:
         total, rest = (sum(map(cost, some)) for some in (cells, left))
         self._running: dict[Path, Cell] = {}
         self._done = total - rest
-        self._looked = 0.0
+        self._looked = time.monotonic()
+        self._every = LOOK if sys.stderr.isatty() else LOOK_FILED
         layout = "{desc}: {percentage:5.1f} %|{bar}| {elapsed}, {remaining} left{postfix}"
         self._bar = tqdm(total=total, initial=self._done, desc="compare", bar_format=layout)
 
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *of_error: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def begin(self, cell: Cell) -> None:
@@ -310,8 +311,8 @@ class _Bar:
         tqdm.write(text)
 
     def look(self) -> None:
-        """See how far the running cells are; at most once a second."""
-        if time.monotonic() - self._looked >= LOOK:
+        """See how far the running cells are, now and then."""
+        if time.monotonic() - self._looked >= self._every:
             self._looked = time.monotonic()
             self._show()
 

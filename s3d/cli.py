@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from .comparison.compare import CompareConfig, compare
 from .data import BadImageError
 from .demo import DemoConfig, demo
 from .export_weights import ExportConfig, export
@@ -67,12 +68,13 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "predict": (PredictConfig, _predict),
     "evaluate": (EvaluateConfig, evaluate),
     "rank": (RankConfig, rank),
+    "compare": (CompareConfig, compare),
     "export": (ExportConfig, export),
     "import": (ImportConfig, import_weights),
     "profile": (ProfileConfig, profile),
     "demo": (DemoConfig, demo),
 }
-RESUMABLE = (PreprocessConfig, PretrainConfig, FinetuneConfig, PredictConfig, DemoConfig)
+RESUMABLE = (PreprocessConfig, PretrainConfig, FinetuneConfig, PredictConfig, CompareConfig, DemoConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:

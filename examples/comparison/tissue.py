@@ -3,12 +3,13 @@
 python examples/comparison/tissue.py --output-dir Dataset005_Tissue
 
 Boxes of 40 x 56 x 40 voxels of 1 mm out of the ICBM 2009a template of nilearn (a T1-weighted average of 152 adults,
-without skull) and its tissue maps: 1 where grey matter has a probability of at least one half, 2 where white matter has.
-12 boxes for training come from the left half of the head, 12 for the test from the right half.
+without skull) and its tissue maps: 1 where grey matter has a probability of at least one half, 2 where white matter
+has. 12 boxes for training come from the back half of the head, 12 for the test from the front half: the template is
+symmetric, so that its right half would be its left one again.
 
-What it can say is limited: all boxes are of one averaged, symmetric head, so boxes of the two halves are more alike than
-heads of two people, and a model that knows the intensities is nearly done. It is a check that a comparison ranks methods
-alike on a task that is not the hippocampus, and no more.
+What it can say is limited: all boxes are of one averaged head, more alike than heads of two people, and a model that
+knows the intensities is nearly done. It is a check whether a comparison ranks methods alike on a task that is not the
+hippocampus, and no more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from s3d.data.embedded import embedded_images
 
 TEMPLATE = "mni152_2009a_symmetric_t1"
-BOX = (40, 56, 40)  # voxels along x (left to right), y, z
+BOX = (40, 56, 40)  # voxels along x (left to right), y (back to front), z
 BOXES = 12  # of either half
 FEWEST = 0.15  # share of a box that each tissue has at least
 TRIES = 100_000
@@ -35,15 +36,13 @@ TRIES = 100_000
 def main() -> None:
     options = _options()
     image, labels, affine = read_template()
-    # Whatever lies between two halves belongs to neither.
-    middle = round(float((np.linalg.inv(affine) @ (0, 0, 0, 1))[0]))
-    right = affine[0, 0] > 0
-    halves = (slice(0, middle), slice(middle, image.shape[0]))
-    left_half, right_half = halves if right else halves[::-1]
+    middle = round(float((np.linalg.inv(affine) @ (0, 0, 0, 1))[1]))
+    halves = (slice(0, middle), slice(middle, image.shape[1]))
+    back, front = halves if affine[1, 1] > 0 else halves[::-1]
     folder: Path = options.output_dir
     for images, maps, half, name in (
-        ("imagesTr", "labelsTr", left_half, "left"),
-        ("imagesTs", "labelsTs", right_half, "right"),
+        ("imagesTr", "labelsTr", back, "back"),
+        ("imagesTs", "labelsTs", front, "front"),
     ):
         (folder / images).mkdir(parents=True, exist_ok=True)
         (folder / maps).mkdir(exist_ok=True)
@@ -75,7 +74,8 @@ def read_template() -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.
         raise FileNotFoundError("nilearn is not installed, which has the template; pip install 's3d[demo]'")
     t1 = nib.load(found[0])
     grey, white = (
-        nib.load(found[0].with_name(found[0].name.replace("_t1_", f"_{tissue}_"))).get_fdata() for tissue in ("gm", "wm")
+        nib.load(found[0].with_name(found[0].name.replace("_t1_", f"_{tissue}_"))).get_fdata()
+        for tissue in ("gm", "wm")
     )
     # The maps are probabilities or shares of 255.
     labels = np.zeros(t1.shape, np.uint8)
@@ -91,7 +91,8 @@ def choose_boxes(labels: NDArray[np.uint8], half: slice, seed: int) -> list[tupl
         ValueError: there are no so many.
     """
     draw = random.Random(seed)
-    ranges = ((half.start, half.stop - BOX[0]), *((0, side - box) for side, box in zip(labels.shape[1:], BOX[1:])))
+    width, _, height = labels.shape
+    ranges = ((0, width - BOX[0]), (half.start, half.stop - BOX[1]), (0, height - BOX[2]))
     found: list[tuple[int, int, int]] = []
     for _ in range(TRIES):
         x, y, z = (draw.randint(first, last) for first, last in ranges)
@@ -107,7 +108,7 @@ def choose_boxes(labels: NDArray[np.uint8], half: slice, seed: int) -> list[tupl
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the data set, such as Dataset005_Tissue")
+    parser.add_argument("--output-dir", type=Path, required=True, help="such as Dataset005_Tissue")
     parser.add_argument("--seed", type=int, default=0, help="of the places of the boxes")
     return parser.parse_args()
 

@@ -206,9 +206,6 @@ def test_finished_matrix_has_no_note_of_what_is_missing() -> None:
     results = random_results(methods=2)
     assert progress_note(results) is None
     assert standings_table("T", _standings(results, "m0")).notes == []
-    # Two methods that share a pre-training share its run.
-    shared = [pretrained("a"), pretrained("a")]
-    assert progress_note(results_of([evaluated("a", [0.5])], shared, planned=2)) is None
 
 
 def test_notes_say_what_intervals_leave_out() -> None:

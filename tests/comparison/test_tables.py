@@ -65,6 +65,17 @@ def test_average_counts_tasks_alike_and_its_interval_holds_it() -> None:
     assert average.high <= (0.3 + 1.0) / 2
 
 
+def test_same_cases_under_other_labels_do_not_narrow_the_interval() -> None:
+    generator = np.random.default_rng(0)
+    dice, gain = generator.uniform(0.3, 0.9, size=(2, 20)), generator.normal(0, 0.1, size=20)
+    cells = [evaluated("ref", dice[seed], labels=n, seed=seed) for n in (8, None) for seed in (0, 1)]
+    cells += [evaluated("a", dice[seed] + gain, labels=n, seed=seed) for n in (8, None) for seed in (0, 1)]
+    both = _standings(results_of(cells), "ref").rows[1]
+    alone = _standings(results_of([cell for cell in cells if cell.labels == 8]), "ref").rows[1]
+    assert both.average == alone.average
+    assert both.against == alone.against
+
+
 def test_ranks_are_averaged_over_tasks_and_equals_share_places() -> None:
     cells = [
         *(evaluated(name, [dice]) for name, dice in (("a", 0.9), ("b", 0.9), ("c", 0.5))),

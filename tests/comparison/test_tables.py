@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_results import evaluated, pretrained, random_results, results_of
 from scipy.stats import wilcoxon
-from small_comparison import evaluated, pretrained, random_results, results_of
 
 from s3d.comparison.csv_tables import cells_csv, labels_csv, pretraining_csv, standings_csv
 from s3d.comparison.notes import progress_note, statistics_notes

@@ -69,8 +69,7 @@ def statistics_notes(results: Results, found: Standings) -> list[str]:
 
 def progress_note(results: Results) -> str | None:
     """How many runs of the matrix are finished; None where all are."""
-    folders = [cell.folder for cell in results.evaluated] + [cell.folder for cell in results.pretrained]
-    finished = len(set(folders))
+    finished = len(results.evaluated) + len(results.pretrained)
     if finished >= results.planned:
         return None
     return f"Unfinished: {finished} of {results.planned} runs are done, the tables show these."

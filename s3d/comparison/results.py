@@ -91,7 +91,8 @@ class Results:
         datasets: in the order of the configuration.
         evaluated: fine-tuned models.
         pretrained: pre-trained models; methods from scratch have none.
-        planned: cells of the whole matrix, finished or not.
+        planned: how many of both there are when all is finished. Two methods of the same settings share a run, which
+            counts for each.
     """
 
     methods: tuple[str, ...]

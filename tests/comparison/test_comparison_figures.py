@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_results import evaluated, pretrained, random_results, results_of
 from matplotlib.figure import Figure
-from small_comparison import evaluated, pretrained, random_results, results_of
 
 from s3d.comparison.figures import (
     colours_of,

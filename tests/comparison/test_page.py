@@ -7,8 +7,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from made_up_results import evaluated, pretrained, random_results, results_of
 from matplotlib.figure import Figure
-from small_comparison import evaluated, pretrained, random_results, results_of
 
 import s3d.comparison.page
 from s3d.comparison.page import write_comparison

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_results import evaluated, pretrained, random_results, results_of
 from scipy.stats import wilcoxon
-from small_comparison import evaluated, pretrained, random_results, results_of
 
 from s3d.comparison.csv_tables import cells_csv, labels_csv, pretraining_csv, standings_csv
 from s3d.comparison.notes import progress_note, statistics_notes
@@ -63,6 +63,17 @@ def test_average_counts_tasks_alike_and_its_interval_holds_it() -> None:
     # No further than all cases being the worst, or the best, of their data set.
     assert average.low >= (0.1 + 0.8) / 2
     assert average.high <= (0.3 + 1.0) / 2
+
+
+def test_same_cases_under_other_labels_do_not_narrow_the_interval() -> None:
+    generator = np.random.default_rng(0)
+    dice, gain = generator.uniform(0.3, 0.9, size=(2, 20)), generator.normal(0, 0.1, size=20)
+    cells = [evaluated("ref", dice[seed], labels=n, seed=seed) for n in (8, None) for seed in (0, 1)]
+    cells += [evaluated("a", dice[seed] + gain, labels=n, seed=seed) for n in (8, None) for seed in (0, 1)]
+    both = _standings(results_of(cells), "ref").rows[1]
+    alone = _standings(results_of([cell for cell in cells if cell.labels == 8]), "ref").rows[1]
+    assert both.average == alone.average
+    assert both.against == alone.against
 
 
 def test_ranks_are_averaged_over_tasks_and_equals_share_places() -> None:
@@ -206,9 +217,6 @@ def test_finished_matrix_has_no_note_of_what_is_missing() -> None:
     results = random_results(methods=2)
     assert progress_note(results) is None
     assert standings_table("T", _standings(results, "m0")).notes == []
-    # Two methods that share a pre-training share its run.
-    shared = [pretrained("a"), pretrained("a")]
-    assert progress_note(results_of([evaluated("a", [0.5])], shared, planned=2)) is None
 
 
 def test_notes_say_what_intervals_leave_out() -> None:

@@ -82,7 +82,7 @@ def compare(config: CompareConfig) -> None:
         _report(protocol, matrix, output)
         return
     devices = _devices(config.devices)
-    _prepare(matrix, place)
+    _prepare(matrix, place, available_cores() if devices else 0)
     cost = functools.lru_cache(None)(functools.partial(relative_cost, place=place))
     outcome = run_cells(matrix.cells, place, devices, cost)
     if outcome.stopped:
@@ -127,7 +127,7 @@ def _devices(wanted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _prepare(matrix: Matrix, place: Workplace) -> None:
+def _prepare(matrix: Matrix, place: Workplace, workers: int) -> None:
     """What cells share, and mistakes that would stop them: before the first one begins."""
     left: list[Cell] = [cell for cell in matrix.cells if read_record(place.output / cell.folder) is None]
     datasets: dict[str, FinetuningCell] = {}
@@ -140,10 +140,10 @@ def _prepare(matrix: Matrix, place: Workplace) -> None:
     for tuning in datasets.values():
         link_test_cases(labelled_cases(tuning.dataset, place.data, links_of(tuning, place)))
     for training in volumes.values():
-        _preprocess(training, place)
+        _preprocess(training, place, workers)
 
 
-def _preprocess(cell: PretrainingCell, place: Workplace) -> None:
+def _preprocess(cell: PretrainingCell, place: Workplace, workers: int) -> None:
     volumes = shared_volumes(cell.settings, place)
     assert volumes is not None
     folder, settings = volumes
@@ -153,6 +153,6 @@ def _preprocess(cell: PretrainingCell, place: Workplace) -> None:
         folder,
         spacing_mm=settings["spacing_mm"],
         skip_bad=settings["skip_bad"],
-        workers=available_cores(),
+        workers=workers,
     )
     log.info("%s", summary)

@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import os
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 RECORD = "cell.json"
 OUTPUT = "output.txt"
 BUDGET = "budget.json"
+LOCK = ".lock"  # the process that works in a folder, or was the last to do so
 SCORES = Path("evaluation", "cases.csv")
 # Steps whose time is taken where time is the budget, and those before them, in which caches and choices of kernels warm
 # up.
@@ -85,8 +87,10 @@ def run_cell(cell: Cell, place: Workplace, device: str) -> None:
         if read_record(folder) is not None:
             return
         try:
-            forget_peak_memory(device)
-            record = (_pretrain if isinstance(cell, PretrainingCell) else _finetune)(cell, place, device)
+            if isinstance(cell, PretrainingCell):
+                record = _pretrain(cell, place, device)
+            else:
+                record = _finetune(cell, place, device)
         except Exception:
             traceback.print_exc()
             raise
@@ -149,13 +153,14 @@ def links_of(cell: FinetuningCell, place: Workplace) -> Path:
     return place.output / "test" / slug_of(cell.dataset.name)
 
 
-def _pretrain(cell: Any, place: Workplace, device: str) -> dict[str, Any]:
+def _pretrain(cell: PretrainingCell, place: Workplace, device: str) -> dict[str, Any]:
     steps = None
     if place.budget is not None:
         some = pretrain_config(cell, place, device, WARM_STEPS + TIMED_STEPS)
         some = dataclasses.replace(some, warmup_steps=0, validate_every=NEVER, checkpoint_every=NEVER)
         steps = _affordable_steps(some, place.budget.pretraining_seconds)
     config = pretrain_config(cell, place, device, steps)
+    forget_peak_memory(device)
     result = pretrain(config)
     if result.steps < config.steps:
         raise CellStoppedError
@@ -170,7 +175,7 @@ def _pretrain(cell: Any, place: Workplace, device: str) -> dict[str, Any]:
     }
 
 
-def _finetune(cell: Any, place: Workplace, device: str) -> dict[str, Any]:
+def _finetune(cell: FinetuningCell, place: Workplace, device: str) -> dict[str, Any]:
     cases = labelled_cases(cell.dataset, place.data, links_of(cell, place))
     folder = place.output / cell.folder
     split = choose_cases(cases.training, cell.labels, cell.dataset.validation_cases, cell.seed)
@@ -243,8 +248,11 @@ def _affordable_steps(some: Config, seconds: float) -> int:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process works in a folder, such as one whose scheduler was killed and that is ending."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         yield
 
 

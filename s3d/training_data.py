@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .data import PatchDataset, SpatialAugmentation, VolumeStore, find_images, preprocess, split_cases
 from .distributed import Processes
+from .pretext.registry import METHODS
 from .pretrain_config import PretrainConfig
 from .run_settings import RunSettings
 from .stop_signals import ignore_stop_signals
@@ -88,12 +90,15 @@ def training_batches(
     start_step: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """The parts of the remaining steps' batches that this process trains on."""
+    augmentation = SpatialAugmentation()
+    if not METHODS[config.method].mirrored:
+        augmentation = replace(augmentation, mirror_probability=0.0)
     dataset = PatchDataset(
         store,
         cases,
         config.patch_size,
         seed=config.seed,
-        augmentation=SpatialAugmentation() if config.augment else None,
+        augmentation=augmentation if config.augment else None,
         length=config.steps * config.batch_size,
         foreground_share=config.foreground,
     )

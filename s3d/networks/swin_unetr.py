@@ -83,7 +83,12 @@ class SwinEncoder(nn.Module):
         super().__init__()
         self.output_channels = (in_channels, *(feature_size << stage for stage in range(len(depths) + 1)))
         self.total_stride = 2 << len(depths)
-        self.stem = PatchEmbed(patch_size=2, in_chans=in_channels, embed_dim=feature_size, norm_layer=None)
+        self.stem = PatchEmbed(
+            patch_size=2,
+            in_chans=in_channels,
+            embed_dim=feature_size,
+            norm_layer=None,  # type: ignore[arg-type]
+        )
         self.stages = nn.ModuleList(
             BasicLayer(
                 dim=feature_size << stage,
@@ -92,7 +97,7 @@ class SwinEncoder(nn.Module):
                 window_size=(WINDOW,) * 3,
                 drop_path=[0.0] * depth,
                 qkv_bias=True,
-                downsample=PatchMerging,
+                downsample=PatchMerging,  # type: ignore[arg-type]
             )
             for stage, depth in enumerate(depths)
         )

@@ -62,6 +62,8 @@ class Pretext(ABC, Generic[Problem]):
     """
 
     trained: ClassVar[Trained] = "encoder+decoder"
+    # Whether patches may be mirrored at random for training.
+    mirrored: ClassVar[bool] = True
     # Of the loss, for plots.
     loss_label: ClassVar[str]
     # What `trivial_loss` is the loss of, for plots; empty where there is none.

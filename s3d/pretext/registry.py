@@ -8,6 +8,7 @@ from .masked_autoencoder import MaskedAutoencoder
 from .method import Pretext
 from .models_genesis import ModelsGenesis
 from .spark import SparK
+from .swin_unetr import SwinUNETRPretext
 from .voco import VoCo
 from .volume_fusion import VolumeFusion
 
@@ -17,4 +18,5 @@ METHODS: dict[str, type[Pretext[Any]]] = {
     "models-genesis": ModelsGenesis,
     "volumefusion": VolumeFusion,
     "voco": VoCo,
+    "swin-unetr": SwinUNETRPretext,
 }

@@ -140,24 +140,22 @@ def test_only_the_encoder_learns_and_the_teacher_follows() -> None:
             torch.testing.assert_close(taught, MOMENTUM * old + (1 - MOMENTUM) * new)
 
 
-def test_loss_falls_below_the_trivial_one() -> None:
+def test_loss_falls_on_a_few_problems() -> None:
     torch.manual_seed(0)
     voco = method()
     model = voco.build_model()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 2e-3)
     history = []
     for step in range(60):
-        problem = posed(step)
+        problem = posed(step % 4)
         optimizer.zero_grad()
         loss = voco.loss(voco.answer(model, problem), problem, 2)
         loss.backward()
         optimizer.step()
         voco.after_step(model)
         history.append(loss.item())
-    trivial = np.mean([voco.trivial_loss(posed(step)) for step in range(10)])
-    first, last = np.mean(history[:10]), np.mean(history[-10:])
-    assert last < 0.7 * first
-    assert last < trivial
+    trivial = np.mean([voco.trivial_loss(posed(step)) for step in range(4)])
+    assert np.mean(history[-8:]) < 0.5 * min(np.mean(history[:8]), trivial)
 
 
 def test_run_keeps_the_teacher_in_its_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tyro
 
 from .checkpoint import Weights, load_checkpoint, save_atomically, weights_of
-from .model import PRESETS, Network, build_unet
+from .model import RESENC_PRESETS, Network, build_unet
 from .nnssl_plan import CITATIONS, adaptation_plan
 
 log = logging.getLogger(__name__)
@@ -48,11 +48,10 @@ def export(config: ExportConfig) -> None:
             f"{config.checkpoint} is a checkpoint of s3d finetune, whose network is a plain one already: take it as "
             "docs/finetuning.md shows; accepted: checkpoints of s3d pretrain and s3d import"
         )
-    architecture = PRESETS[saved["config"]["preset"]].architecture
-    if config.format in ("nnunet", "nnssl") and architecture != "resenc":
+    preset = saved["config"]["preset"]
+    if config.format in ("nnunet", "nnssl") and preset not in RESENC_PRESETS:
         raise ValueError(
-            f"format {config.format} is for ResEnc U-Nets, and {config.checkpoint} holds a {architecture} network; "
-            "accepted: encoder, unet"
+            f"format {config.format} is for ResEnc U-Nets, and {config.checkpoint} holds {preset}; accepted: encoder, unet"
         )
     unet = plain_unet(saved, config.weights)
     # What the volumes had, where the run knew it; its settings tell only what images were to be resampled to.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .checkpoint import save_checkpoint
 from .csv_table import csv_text
 from .data.store import write_atomically
-from .model import PRESETS, build_unet
+from .model import PRESETS, RESENC_PRESETS, build_unet
 
 log = logging.getLogger(__name__)
 
@@ -190,8 +190,7 @@ def _find_preset(sources: list[_Source], name: str) -> str:
     """The preset whose encoder has the parameters of the file's, and no others."""
     shapes = {source.target: source.tensor.shape for source in sources}
     present = {target for target in shapes if target.startswith("encoder.")}
-    presets = [preset for preset, size in PRESETS.items() if size.architecture == "resenc"]
-    for preset in presets:
+    for preset in RESENC_PRESETS:
         with torch.device("meta"):
             unet = build_unet(preset)
         expected = dict(unet.named_parameters(remove_duplicate=False))
@@ -201,7 +200,7 @@ def _find_preset(sources: list[_Source], name: str) -> str:
             return preset
     stem = next((tuple(shapes[target]) for target in sorted(present) if target.endswith("weight")), None)
     raise ValueError(
-        f"{name} holds no encoder of a ResEnc U-Net with one input channel in a size of s3d ({', '.join(presets)}): "
+        f"{name} holds no encoder of a ResEnc U-Net with one input channel in a size of s3d ({', '.join(RESENC_PRESETS)}): "
         + (f"{len(present)} encoder weights, the first of shape {stem}" if present else "no weight is named encoder.*")
     )
 

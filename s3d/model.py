@@ -92,6 +92,10 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+# Those that nnU-Net and nnssl know.
+RESENC_PRESETS = tuple(name for name, size in PRESETS.items() if size.architecture == "resenc")
+
+
 @dataclass(frozen=True)
 class NetworkShape:
     """Shape of a network whose axes may differ.

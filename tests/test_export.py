@@ -11,7 +11,7 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from s3d.checkpoint import load_checkpoint, save_checkpoint
 from s3d.cli import main
 from s3d.export_weights import FORMATS, ExportConfig, export
-from s3d.model import PRESETS, S3D, build_unet
+from s3d.model import PRESETS, RESENC_PRESETS, S3D, build_unet
 from s3d.nnssl_plan import adaptation_plan
 from s3d.pretrain import load_model
 
@@ -157,7 +157,7 @@ def test_resenc_l_means_the_same_network_as_there() -> None:
     assert size.kernel_size == 3
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"resenc-l"}))
+@pytest.mark.parametrize("preset", sorted({*RESENC_PRESETS} - {"resenc-l"}))
 def test_other_sizes_are_described_by_their_arguments(preset: str) -> None:
     plan = adaptation_plan({"preset": preset, "patch_size": [64, 64, 64], "spacing_mm": 1.0})["architecture_plans"]
     assert plan["arch_class_name"] == "ResidualEncoderUNet"

@@ -39,7 +39,9 @@ def test_resenc_l_has_the_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in build_unet("resenc-l").parameters()) == 102_348_965
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "resenc-l"])
+@pytest.mark.parametrize(
+    "preset", [name for name, size in PRESETS.items() if name != "resenc-l" and size.architecture != "swin-unetr"]
+)
 def test_presets_run(preset: str) -> None:
     side = PRESETS[preset].total_stride
     mask = BlockMask.random(1, 2, side, 0.5, torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from s3d.checkpoint import save_checkpoint
 from s3d.export_weights import ExportConfig, export
-from s3d.model import PRESETS, build_unet
+from s3d.model import PRESETS, RESENC_PRESETS, build_unet
 from s3d.nnssl_plan import adaptation_plan
 
 pytest.importorskip("nnunetv2", reason="nnU-Net is not installed: pip install '.[nnunet]'")
@@ -133,7 +133,7 @@ def test_published_network_is_what_nnunet_plans_for_brains() -> None:
         assert list(map(int, patch_size)) == [side] * 3
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(RESENC_PRESETS))
 def test_networks_of_all_sizes_have_the_same_names_and_shapes(preset: str) -> None:
     with torch.device("meta"):
         ours, theirs = build_unet(preset), nnunet_network(preset)

@@ -81,7 +81,10 @@ SCRATCH = {"pretraining": None, "finetuning": {"preset": "tiny"}}
         ({"datasets": {"a": {"folder": "a", "labels": [0]}}}, r"datasets\.a\.labels: must be a list of different"),
         ({"datasets": {"a": {"folder": "a", "fold": 1}}}, r"datasets\.a\.fold: no such setting; accepted: folder"),
         ({"datasets": {"a": {"labels": [2]}}}, r"datasets\.a\.folder: is missing"),
-        ({"budget": {"pretraining_seconds": 0, "finetuning_seconds": 1}}, r"budget\.pretraining_seconds: must be a pos"),
+        (
+            {"budget": {"pretraining_seconds": 0, "finetuning_seconds": 1}},
+            r"budget\.pretraining_seconds: must be a pos",
+        ),
         ({"tables": {"comparison": ["VoCo"]}}, r"tables\.comparison: no such method: 'VoCo'; there are: S3D, from scr"),
         ({"reference": "none"}, "reference: no such method: 'none'"),
     ],

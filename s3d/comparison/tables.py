@@ -189,8 +189,10 @@ def _cost_cells(cost: Cost | None) -> tuple[Cell, Cell, Cell]:
 
 
 def duration(seconds: float) -> str:
-    """Minutes, or hours where it takes long."""
+    """Seconds, minutes or hours, whichever is readable."""
     minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.1f} s"
     return f"{minutes:.1f} min" if minutes < 60 * SHORT_HOURS else f"{minutes / 60:,.1f} h"
 
 

@@ -253,7 +253,7 @@ def test_cost_of_pretraining_is_the_mean_of_its_runs() -> None:
 
 
 def test_amounts_are_readable() -> None:
-    assert [duration(seconds) for seconds in (6, 7140, 7200, 3.6e6)] == ["0.1 min", "119.0 min", "2.0 h", "1,000.0 h"]
+    assert [duration(seconds) for seconds in (6, 7140, 7200, 3.6e6)] == ["6.0 s", "119.0 min", "2.0 h", "1,000.0 h"]
     assert [amount(value) for value in (0.01234, 12.345, 999, 12_600_000.4)] == ["0.0123", "12.3", "999", "12,600,000"]
 
 

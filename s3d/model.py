@@ -31,7 +31,6 @@ from s3d_kernels import (
 from .decoder import decode, dense_features, whole_blocks, whole_mask
 from .networks.convnext import convnext
 from .networks.encoder_decoder import EncoderDecoder
-from .networks.swin_unetr import build_swin_unetr
 
 # What grows beyond visible voxels grows by whole cells of this side. On CPUs small ones cost no more a voxel than large
 # ones; on GPUs they do, and there the stages of small blocks are too small to be worth it (docs/performance.md).
@@ -156,9 +155,9 @@ def build_network(
         deep_supervision: whether it returns the outputs of all decoder stages, the finest first.
     """
     if shape.architecture == "mednext":
-        # Each of its stages halves the resolution, and its kernels are cubes: those of its presets.
-        from .networks.mednext import mednext  # takes seconds to import
+        from .networks.mednext import mednext  # MONAI takes seconds to import
 
+        # Each of its stages halves the resolution, and its kernels are cubes: those of its presets.
         kernel_size = shape.kernel_sizes[0][0]
         sizes = (shape.features, shape.blocks, kernel_size)
         return mednext(in_channels, out_channels, *sizes, deep_supervision=deep_supervision)
@@ -166,6 +165,8 @@ def build_network(
         parts = (shape.features, shape.blocks, shape.strides, shape.kernel_sizes)
         return convnext(in_channels, out_channels, *parts, deep_supervision=deep_supervision)
     if shape.architecture == "swin-unetr":
+        from .networks.swin_unetr import build_swin_unetr
+
         return build_swin_unetr(
             in_channels,
             out_channels,

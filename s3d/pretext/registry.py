@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .fcmae import FCMAE
 from .masked_autoencoder import MaskedAutoencoder
 from .method import Pretext
 from .models_genesis import ModelsGenesis
@@ -15,6 +16,7 @@ from .volume_fusion import VolumeFusion
 METHODS: dict[str, type[Pretext[Any]]] = {
     "s3d": MaskedAutoencoder,
     "spark": SparK,
+    "fcmae": FCMAE,
     "models-genesis": ModelsGenesis,
     "volumefusion": VolumeFusion,
     "voco": VoCo,

@@ -30,6 +30,8 @@ Scope = Literal["encoder", "encoder+decoder"]
 Action = Literal["loaded", "adapted", "initialised", "dropped"]
 
 _STAGE = re.compile(r"^(encoder\.stages|decoder\.(?:stages|transpconvs|seg_layers))\.(\d+)\.")
+# Convolutions of the image itself; a Swin UNETR has some in its decoder, too.
+_OF_THE_IMAGE = ("encoder.stem.", "decoder.skips.0.")
 # A projection stands behind the pooling of its skip connection, if there is one.
 _PROJECTION = re.compile(r"\.skip\.\d+\.")
 
@@ -184,7 +186,7 @@ def _why_not(place: _Place, scope: Scope, untrained: Mapping[_Place, str]) -> st
 def _fitted(place: _Place, tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor | None, str]:
     """A tensor in the shape of its target, or None if that is impossible; and what was done, empty if nothing."""
     done = []
-    if place.path.startswith("encoder.stem.") and len(shape) == 5 and tensor.shape[1] != shape[1]:
+    if place.path.startswith(_OF_THE_IMAGE) and len(shape) == 5 and tensor.shape[1] != shape[1]:
         # The same features, where all channels show the same image.
         done.append(f"input channels {tensor.shape[1]} -> {shape[1]}: repeated and scaled")
         tensor = tensor.sum(dim=1, keepdim=True).expand(-1, shape[1], -1, -1, -1) / shape[1]

@@ -11,6 +11,7 @@ from monai.networks.nets import SwinUNETR
 
 from s3d.model import build_network, build_unet, preset_shape
 from s3d.networks import swin_unetr
+from s3d.segmentation.transfer import transfer
 
 # Of MONAI's network, in the order of `SwinDecoder.skips`; it has nothing for the last resolution but one.
 SKIPS = {0: "encoder1", 1: "encoder2", 2: "encoder3", 3: "encoder4", 5: "encoder10"}
@@ -38,7 +39,7 @@ def test_full_depth_equals_monai(monkeypatch: pytest.MonkeyPatch) -> None:
     state.pop(None)
     assert set(state) == set(theirs.state_dict())
     theirs.load_state_dict(state)
-    x = torch.randn(1, 2, 64, 64, 64)
+    x = torch.randn(1, 2, 64, 32, 32)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
 
@@ -69,6 +70,21 @@ def test_all_of_the_encoder_makes_its_deepest_features() -> None:
     # Its squared mean is the same whatever the weights: it is normalised.
     encoder(torch.randn(1, 1, 16, 16, 24))[-1].pow(3).sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_transfer_to_several_channels_keeps_the_features() -> None:
+    torch.manual_seed(0)
+    old = build_unet("swin-unetr-small")
+    saved = {"config": {"preset": "swin-unetr-small"}, "network": old.state_dict(), "method": {}}
+    new = build_unet("swin-unetr-small", 2, 3)
+    rows = transfer(new, saved, "encoder+decoder")
+    adapted = {row.name for row in rows if row.action == "adapted"}
+    block = "decoder.skips.0.layer"
+    assert adapted == {"encoder.stem.proj.weight", *(f"{block}.{name}.conv.weight" for name in ("conv1", "conv3"))}
+    new.decoder.seg_layers = old.decoder.seg_layers  # heads start anew
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(new(x.expand(-1, 2, -1, -1, -1)), old(x), rtol=1e-4, atol=1e-4)
 
 
 def test_odd_sides_are_refused() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_dataset import write_dataset
 from small_runs import configure, losses, write_images
 
 from s3d import training_data
@@ -25,6 +27,9 @@ from s3d.pretext.swin_unetr import (
     draw_holes,
 )
 from s3d.pretrain import load_model, pretrain
+from s3d.segmentation.finetune import finetune
+from s3d.segmentation.finetune_config import FinetuneConfig
+from s3d.segmentation.predict import PredictConfig, predict
 
 SQUARE, OBLONG = (8, 16, 16), (8, 24, 16)
 
@@ -165,14 +170,14 @@ def test_losses_fall() -> None:
     model = pretext.build_model()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 2e-3)
     history = []
-    for step in range(40):
-        problem = posed(step % 4)
+    for step in range(24):
+        problem = posed(step % 2)
         optimizer.zero_grad()
         loss = pretext.loss(pretext.answer(model, problem), problem, 2)
         loss.backward()
         optimizer.step()
         history.append(loss.item())
-    trivial = np.mean([pretext.trivial_loss(posed(step)) for step in range(4)])
+    trivial = np.mean([pretext.trivial_loss(posed(step)) for step in range(2)])
     assert np.mean(history[-4:]) < 0.6 * min(np.mean(history[:4]), trivial)
 
 
@@ -183,7 +188,7 @@ def test_other_architectures_are_refused() -> None:
         method((8, 8, 8))
 
 
-def test_run_and_its_checkpoint(tmp_path: Path) -> None:
+def test_run_and_what_fine_tuning_takes_over(tmp_path: Path) -> None:
     config = configure(
         write_images(tmp_path),
         tmp_path / "run",
@@ -195,9 +200,28 @@ def test_run_and_its_checkpoint(tmp_path: Path) -> None:
     )
     assert pretrain(config).steps == 2
     assert all(math.isfinite(loss) for loss in losses(config.output_dir))
-    model = load_model(config.output_dir / NEWEST)
-    assert model.turns.out_features == 4
+    checkpoint = config.output_dir / NEWEST
+    trained = load_model(checkpoint).unet.encoder
     assert (config.output_dir / f"reconstruction_{0:06d}.png").exists()
+
+    dataset = write_dataset(tmp_path / "Dataset001_Balls", shape=(16, 16, 8))
+    tuned = FinetuneConfig(
+        dataset=dataset,
+        checkpoint=checkpoint,
+        output_dir=tmp_path / "tuned",
+        fold="all",
+        steps=3,
+        validate_every=3,
+        workers=0,
+        device="cpu",
+    )
+    finetune(tuned)
+    with (tuned.output_dir / "transfer.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    loaded = {row["name"] for row in rows if row["action"] == "loaded"}
+    assert loaded == {f"encoder.{name}" for name, _ in trained.named_parameters()}
+    result = predict(PredictConfig(tuned.output_dir / NEWEST, dataset / "imagesTr", tmp_path / "out", device="cpu"))
+    assert len(result.predicted) == 3
 
 
 @pytest.mark.parametrize(("name", "probability"), [("swin-unetr", 0.0), ("voco", 0.5)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,15 +11,22 @@ from settings import Settings
 from turns import CLOCK, Report
 
 
+# Networks of depthwise convolutions that are measured beside one of the same size, in its first setting.
+MEDNEXT = {"resenc-l": "mednext-b", "tiny": "mednext-small"}
+
+
 def cases(settings: Settings) -> list[Case]:
-    """The step with masks of blocks; the method has no others."""
+    """The step with masks of blocks; the method has no others. Then one with MedNeXt."""
     combined = itertools.product(settings.patch_sizes, settings.batch_sizes, settings.blocks, settings.dtypes)
-    return [
+    found = [
         Case("step", "", settings.preset, patch, batch, block, "blocks", ratio, dtype)
         for patch, batch, block, dtype in combined
         for ratio in settings.ratios((0.75,))
         if ratio > 0
     ]
+    if settings.preset in MEDNEXT:
+        found += [dataclasses.replace(case, preset=MEDNEXT[settings.preset]) for case in found[:1]]
+    return found
 
 
 @pytest.mark.timeout(0)

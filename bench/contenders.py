@@ -311,7 +311,9 @@ class Sparse:
         return reason if isinstance(reason, str) else None
 
     def prepare(self, case: Case, network: nn.Module, x: Tensor, mask: BlockMask) -> Run:
-        copied = to_sparse(copy.deepcopy(network))
+        copied = copy.deepcopy(network)
+        if not isinstance(copied, S3D):  # which has converted what it computes sparsely
+            to_sparse(copied)
         if case.layer:
             return self._layer(copied, x, mask)
         renew = _renewal(mask)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -158,13 +160,27 @@ def test_loss_falls_on_a_few_problems() -> None:
     assert np.mean(history[-8:]) < 0.5 * min(np.mean(history[:8]), trivial)
 
 
-def test_run_keeps_the_teacher_in_its_checkpoint(tmp_path: Path) -> None:
-    config = configure(write_images(tmp_path), tmp_path / "run", method="voco", patch_size=PATCH, mask_block=4, steps=3)
-    result = pretrain(config)
-    assert result.steps == 3
-    assert all(math.isfinite(loss) for loss in losses(config.output_dir))
-    model = load_model(config.output_dir / NEWEST)
-    encoder, teacher = model.unet.encoder, model.teacher["encoder"]
-    pairs = list(zip(encoder.parameters(), teacher.parameters(), strict=True))
+def test_stopped_run_goes_on_with_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_images(tmp_path)
+    settings = {"method": "voco", "patch_size": PATCH, "mask_block": 4, "steps": 4}
+    whole = configure(images, tmp_path / "whole", **settings)
+    pretrain(whole)
+    original = VoCo.pose
+
+    def interrupted(self: VoCo, image: torch.Tensor, valid: torch.Tensor | None, draw: Draw) -> CropProblem:
+        if draw.stream == (0, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, image, valid, draw)
+
+    parts = configure(images, tmp_path / "parts", **settings)
+    monkeypatch.setattr(VoCo, "pose", interrupted)
+    assert pretrain(parts).steps == 2
+    monkeypatch.undo()
+    assert pretrain(parts).steps == 4
+    assert losses(parts.output_dir) == losses(whole.output_dir)
+    models = [load_model(config.output_dir / NEWEST) for config in (whole, parts)]
+    for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(one, other)
+    pairs = zip(models[0].unet.encoder.parameters(), models[0].teacher["encoder"].parameters(), strict=True)
     assert any(not torch.equal(student, taught) for student, taught in pairs)
-    assert (config.output_dir / f"reconstruction_{0:06d}.png").exists()
+    assert (whole.output_dir / f"reconstruction_{0:06d}.png").exists()

@@ -51,7 +51,8 @@ def export(config: ExportConfig) -> None:
     preset = saved["config"]["preset"]
     if config.format in ("nnunet", "nnssl") and preset not in RESENC_PRESETS:
         raise ValueError(
-            f"format {config.format} is for ResEnc U-Nets, and {config.checkpoint} holds {preset}; accepted: encoder, unet"
+            f"format {config.format} is for ResEnc U-Nets, and {config.checkpoint} holds {preset}; "
+            "accepted: encoder, unet"
         )
     unet = plain_unet(saved, config.weights)
     # What the volumes had, where the run knew it; its settings tell only what images were to be resampled to.

@@ -200,7 +200,8 @@ def _find_preset(sources: list[_Source], name: str) -> str:
             return preset
     stem = next((tuple(shapes[target]) for target in sorted(present) if target.endswith("weight")), None)
     raise ValueError(
-        f"{name} holds no encoder of a ResEnc U-Net with one input channel in a size of s3d ({', '.join(RESENC_PRESETS)}): "
+        f"{name} holds no encoder of a ResEnc U-Net with one input channel in a size of s3d "
+        f"({', '.join(RESENC_PRESETS)}): "
         + (f"{len(present)} encoder weights, the first of shape {stem}" if present else "no weight is named encoder.*")
     )
 

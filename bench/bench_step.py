@@ -10,7 +10,6 @@ from cases import Case
 from settings import Settings
 from turns import CLOCK, Report
 
-
 # Networks of depthwise convolutions that are measured beside one of the same size, in its first setting.
 MEDNEXT = {"resenc-l": "mednext-b", "tiny": "mednext-small"}
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import oracle
 import pytest
 import torch
 from monai.networks.blocks.mednext_block import MedNeXtBlock, MedNeXtDownBlock
+from small_runs import configure
 from torch import Tensor, nn
 
+from s3d.checkpoint import load_checkpoint
 from s3d.loss import masked_mse
 from s3d.model import PRESETS, S3D, build_network, build_unet, preset_shape
 from s3d.networks.mednext import mednext
+from s3d.pretrain import pretrain
+from s3d.segmentation.transfer import transfer
 from s3d_kernels import BlockMask, BlockSparseTensor, use_backend
 
 
@@ -169,6 +174,20 @@ def test_converted_it_computes_densely_what_it_did() -> None:
     mask = BlockMask.random(1, (2, 2, 1), 8, 0.5)
     assert isinstance(model.unet.encoder(BlockSparseTensor.from_dense(x, mask))[-1], BlockSparseTensor)
     build_unet("mednext-small").load_state_dict(model.unet.state_dict())
+
+
+def test_a_run_is_handed_over_to_fine_tuning(images: Path, tmp_path: Path) -> None:
+    """Encoder and decoder, into a network of two channels."""
+    given = configure(images, tmp_path, preset="mednext-small", patch_size=(16, 16, 16), steps=2, validate_every=2)
+    trained = load_checkpoint(pretrain(given).checkpoint)
+    network = build_unet("mednext-small", in_channels=2)
+    rows = [row for row in transfer(network, trained, "encoder+decoder") if row.target_shape is not None]
+    assert {row.name for row in rows if row.action == "adapted"} == {"encoder.stem.weight"}
+    assert all(row.name.startswith("decoder.seg_layers.") for row in rows if row.action == "initialised")
+    weights = network.state_dict()
+    loaded = [row.name for row in rows if row.action == "loaded"]
+    assert len(loaded) > 100
+    assert all(torch.equal(weights[name], trained["network"][name]) for name in loaded)
 
 
 def test_a_few_steps_of_pretraining() -> None:

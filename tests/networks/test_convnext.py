@@ -94,6 +94,28 @@ def test_gradients_of_the_norms(layer: type[nn.Module]) -> None:
     assert torch.autograd.gradcheck(sparse, (x, *norm.parameters()))
 
 
+@pytest.mark.parametrize("layer", [ChannelLayerNorm, GlobalResponseNorm])
+def test_what_lies_at_masked_voxels_of_stored_blocks_reaches_no_gradient(layer: type[nn.Module]) -> None:
+    """Neither what the blocks hold there nor what their gradients do."""
+    torch.manual_seed(0)
+    mask = BlockMask.from_voxels(torch.rand(2, 4, 4, 4) < 0.5, 4)
+    assert mask.voxels is not None
+    shown = mask.voxels[..., None]
+    values, gradient = torch.randn(2, 2, 4, 4, 4, 3)
+    found = []
+    for hidden in (0.0, float("nan")):
+        norm = layer(3)
+        blocks = torch.where(shown, values, hidden).requires_grad_()
+        y = norm(BlockSparseTensor(blocks, mask)).blocks
+        y.backward(torch.where(shown, gradient, 0.0 if hidden == 0 else 7.0))
+        assert blocks.grad is not None
+        found.append([torch.where(shown, t, 0) for t in (y.detach(), blocks.grad)])
+        found[-1] += [p.grad for p in norm.parameters() if p.grad is not None]
+    assert len(found[0]) == 4
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
+
+
 def test_response_norm_keeps_its_precision_under_autocast() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 8, 8, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from s3d.pretext.method import Draw, Pretext
 from s3d.pretrain_config import PretrainConfig
 from s3d.training_log import read_log
 from s3d_kernels.flops import FlopCount
-
-MOST_PATCHES = 2  # that operations are counted on: a patch costs what it costs
 
 
 @dataclass(frozen=True)
@@ -82,25 +81,30 @@ def trained_parameters(pretext: Pretext[Any]) -> int:
 def step_flops(pretext: Pretext[Any], config: PretrainConfig) -> float:
     """Floating-point operations of forward and backward of a step of pre-training, see `s3d_kernels.flops`.
 
-    Counted on two patches with random content. Where the masked share is drawn, it is that of these two.
+    Counted on one patch with random content; where the masked share is drawn, with its mean.
     """
-    patches = min(config.batch_size, MOST_PATCHES)
-    share = config.batch_size / patches
-    config = dataclasses.replace(config, batch_size=patches, checkpoint_activations=False, accumulate=None)
-    pretext = type(pretext)(config)
+    ratio = config.mask_ratio
+    one = dataclasses.replace(
+        config,
+        batch_size=1,
+        accumulate=None,
+        checkpoint_activations=False,
+        mask_ratio=statistics.fmean(ratio) if isinstance(ratio, tuple) else ratio,
+    )
+    pretext = type(pretext)(one)
     model = pretext.build_model()
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(patches, 1, *config.patch_size, generator=generator)
-    problem = pretext.pose(image, None, Draw(config.seed, (0, 0), patches, 0, patches))
+    image = torch.randn(1, 1, *one.patch_size, generator=torch.Generator().manual_seed(0))
+    problem = pretext.pose(image, None, Draw(one.seed, (0, 0), 1, 0, 1))
     with FlopCount() as count:
         pretext.loss(pretext.answer(model, problem), problem, pretext.terms(problem)).backward()
-    return sum(count.flops.values()) * share
+    return sum(count.flops.values()) * config.batch_size
 
 
 def finetuning_step_flops(network: NetworkShape, patch_size: Sequence[int], channels: int, classes: int) -> float:
     """Of a step of fine-tuning on one patch, forward and backward, with deep supervision."""
-    model = build_network(network, channels, classes, deep_supervision=True)
+    with torch.device("meta"):  # shapes are all that counts, and a full-size network has tens of GiB of features
+        model = build_network(network, channels, classes, deep_supervision=True)
+        image = torch.empty(1, channels, *patch_size)
     with FlopCount() as count:
-        outputs = model(torch.zeros(1, channels, *patch_size))
-        torch.stack([output.sum() for output in outputs]).sum().backward()
+        torch.stack([output.sum() for output in model(image)]).sum().backward()
     return sum(count.flops.values())

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from .backends import REGISTRY, WindowGeometry
@@ -120,7 +120,9 @@ FORMULAS: dict[Any, Callable[[Sequence[Any], Any], float]] = {
 
 
 class FlopCount(TorchDispatchMode):
-    """Counts operators, of forward and backward, and does not compute those that it counts.
+    """Counts operators, of forward and backward, and computes nothing but integers and booleans.
+
+    Memory that nobody fills is no memory yet, so that steps can be counted that would not fit.
 
     What belongs to a part of a network is told by the weight; of a gradient that needs none, by the weight that forward
     saved beside what it does need. What layers compute again in backward to save memory is not counted, for they keep
@@ -157,7 +159,7 @@ class FlopCount(TorchDispatchMode):
         operator, kwargs = func.overloadpacket, kwargs or {}
         formula, of_torch = FORMULAS.get(operator), flop_registry.get(operator)
         if formula is None and of_torch is None and func.namespace != "s3d_kernels":
-            return func(*args, **kwargs)
+            return _without_floats(func, args, kwargs)
         result = _unfilled(func, args, kwargs)
         flops = 0.0
         if formula is not None:
@@ -178,6 +180,24 @@ class FlopCount(TorchDispatchMode):
             return self._saved
         known = (self._parts(a) for a in args if isinstance(a, Tensor))
         return next((shares for shares in known if shares is not None), {self._of_operator.get(operator, ALL): 1.0})
+
+
+def _without_floats(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of a function that is not counted: floating-point numbers with any values, all others as they are."""
+    if func._schema.is_mutable:
+        changed = args[0] if args else None
+        # What it would write is of no interest, as long as it writes to its first argument and nowhere else.
+        if isinstance(changed, Tensor) and changed.is_floating_point() and func._schema.name.endswith("_"):
+            return changed
+        return func(*args, **kwargs)
+    views = any(argument.alias_info is not None for argument in func._schema.arguments)
+    floats = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves((args, kwargs)))
+    if views or not floats:
+        return func(*args, **kwargs)
+    result = _unfilled(func, args, kwargs)
+    if all(leaf.is_floating_point() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+        return result
+    return func(*args, **kwargs)
 
 
 def _unfilled(func: Any, args: Any, kwargs: Any) -> Any:

@@ -171,3 +171,18 @@ def test_what_is_counted_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert count.flops == {ALL: 2 * 8}
     with pytest.raises(AssertionError, match="it was computed"):
         sparse_conv3d(x, torch.ones(1, 1, 1, 1, 1), backend="torch")
+
+
+def test_only_integers_and_booleans_are_computed() -> None:
+    """A step of which everything was computed would need the memory of a step."""
+    floats, integers = torch.zeros(4), torch.arange(4)
+    with FlopCount():
+        floats.add_(1.0)
+        view = floats[1:]
+        assert (integers + 1).tolist() == [1, 2, 3, 4]
+        assert (floats > -1).all()
+        assert floats.long().tolist() == [0] * 4
+        assert (floats + 1).shape == (4,)
+    assert floats.tolist() == [0.0] * 4
+    view.fill_(2.0)
+    assert floats.tolist() == [0.0, 2.0, 2.0, 2.0]

@@ -65,6 +65,12 @@ class MaskedAutoencoder(Pretext[MaskedProblem]):
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         """See `Pretext`."""
+        if config.sparse and config.size.architecture == "swin-unetr":
+            dense = ", or take --no-sparse --no-mask-tokens --no-densify" if config.method == "s3d" else ""
+            raise ValueError(
+                f"preset of method {config.method} must have an encoder that can be made sparse, got {config.preset}; "
+                f"accepted: presets of other architectures than swin-unetr{dense}"
+            )
         stride = config.size.total_stride
         if config.mask_block < 1 or config.mask_block % stride:
             raise ValueError(

@@ -162,6 +162,7 @@ class SwinUNETRPretext(Pretext[ViewsProblem]):
 
     trained = "encoder"
     mirrored = False
+    mixes_samples = True
     loss_label = "inpainting, rotation and contrast"
     trivial_label = "zeros, and guesses"
 

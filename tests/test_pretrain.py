@@ -263,6 +263,12 @@ def test_bad_images_are_named_or_skipped(images: Path, tmp_path: Path, capsys: p
         ({"foreground": 2.0}, r"foreground must be in \[0, 1\]"),
         ({"machine": "mainframe"}, "machine must be one of published"),
         ({"volumes": Path("x")}, "give volumes or images, not both"),
+        (
+            {"preset": "swin-unetr-small"},
+            "a transformer; take another preset, or sparse, mask_tokens and densify False",
+        ),
+        ({"preset": "swin-unetr-small", "method": "spark"}, "encoder of method spark, got swin-unetr-small, a transf"),
+        ({"method": "models-genesis", "patch_size": (4, 4, 4)}, "patch_size must be larger than 4"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, object], message: str, tmp_path: Path) -> None:

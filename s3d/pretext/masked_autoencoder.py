@@ -65,6 +65,12 @@ class MaskedAutoencoder(Pretext[MaskedProblem]):
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         """See `Pretext`."""
+        if config.sparse and config.size.architecture == "swin-unetr":
+            dense = ", or sparse, mask_tokens and densify False" if config.method == "s3d" else ""
+            raise ValueError(
+                f"preset must be of convolutions for the sparse encoder of method {config.method}, "
+                f"got {config.preset}, a transformer; take another preset{dense}"
+            )
         stride = config.size.total_stride
         if config.mask_block < 1 or config.mask_block % stride:
             raise ValueError(

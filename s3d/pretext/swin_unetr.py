@@ -174,12 +174,6 @@ class SwinUNETRPretext(Pretext[ViewsProblem]):
                 f"preset of method swin-unetr must be of architecture swin-unetr, got {config.preset}, "
                 f"which is of {config.size.architecture}"
             )
-        stride = config.size.total_stride
-        if all(side <= stride for side in config.patch_size):
-            raise ValueError(
-                f"patch_size of method swin-unetr must be larger than {stride}, the total stride of {config.preset}, "
-                f"along an axis, got {config.patch_size}"
-            )
 
     def build_model(self) -> SwinUNETRModel:
         """See `Pretext`."""

@@ -15,7 +15,7 @@ from torch import nn
 from s3d_kernels import computes_natively, use_backend
 
 from .distributed import Processes
-from .model import NetworkShape, preset_shape
+from .model import Architecture, NetworkShape, preset_shape
 from .pretext.registry import METHODS
 from .pretrain_config import PretrainConfig
 from .run_settings import RunSettings
@@ -29,9 +29,10 @@ DENSE_NATIVE, DENSE, VISIBLE = 5.7, 8.5, 3.7
 # The same for our kernels with shortcuts, which let the part that is known go and, where a voxel is visible, hold the
 # correction and its shell: bounds of what was measured.
 SHORT_NATIVE, SHORT_VISIBLE = 3.1, 7.5
-# The same for a plain U-Net that is trained without masks (measured: 13.5 to 17 in float32), and the share of the
-# bytes that it takes in half precision (measured: 0.64 to 0.7).
-DENSE_ALONE, HALF_PRECISION = 17.0, 0.7
+# The same for plain networks that are trained without masks (ResEnc measured: 13.5 to 17 in float32; blocks that expand
+# their channels hold more), and the share of the bytes that they take in half precision (measured: 0.64 to 0.7).
+DENSE_ALONE: dict[Architecture, float] = {"resenc": 17.0, "convnext": 28.0, "mednext": 39.0, "swin-unetr": 30.0}
+HALF_PRECISION = 0.7
 # What a step may take of the memory that is free.
 SHARE = 0.9
 
@@ -56,11 +57,12 @@ class StepMemory:
 def step_memory(config: PretrainConfig, device: torch.device) -> StepMemory:
     """Expected memory of the steps of a run; measured on CPUs in float32, elsewhere an extrapolation.
 
-    Of other methods than S3D that of a plain network on whole patches, which is an upper bound for sparse encoders.
+    Of other methods than S3D and other networks than ResEnc U-Nets that of a plain network on whole patches, which is
+    an upper bound for sparse encoders.
     """
     with torch.device("meta"):
         model = METHODS[config.method](config).build_model()
-    if config.method != "s3d":
+    if config.method != "s3d" or config.size.architecture != "resenc":
         return dense_step_memory(config, model, preset_shape(config.preset), config.patch_size)
     low = config.mask_ratio[0] if isinstance(config.mask_ratio, tuple) else config.mask_ratio
     visible = 1 - low if config.sparse else 1.0
@@ -77,9 +79,9 @@ def step_memory(config: PretrainConfig, device: torch.device) -> StepMemory:
 def dense_step_memory(
     config: RunSettings, network: nn.Module, shape: NetworkShape, patch_size: Sequence[int]
 ) -> StepMemory:
-    """Expected memory of steps that train a plain U-Net on whole patches; measured on CPUs."""
+    """Expected memory of steps that train a plain network on whole patches; measured on CPUs."""
     bytes_a_value = 4.0 if config.precision == "float32" else 4.0 * HALF_PRECISION
-    values = _features(shape) * DENSE_ALONE * math.prod(patch_size)
+    values = _features(shape) * DENSE_ALONE[shape.architecture] * math.prod(patch_size)
     return StepMemory(weights=_weights(config, network), patch=int(values * bytes_a_value))
 
 

@@ -86,6 +86,15 @@ def _run(config: PretrainConfig, group: Processes, parts: int) -> PretrainResult
     output = config.output_dir
     state, saved = saved_state(config, group, PretrainState)
     pretext = METHODS[config.method](config)
+    together = config.batch_size // (group.world * parts)
+    if pretext.mixes_samples and together < config.batch_size and group.first:
+        log.warning(
+            "method %s sets samples against each other, of which %d of %d are computed at the same time: with other "
+            "--accumulate or processes this is another run",
+            config.method,
+            together,
+            config.batch_size,
+        )
     if state.step >= config.steps:
         log.info("%s is complete at step %d", output, state.step)
         if group.first:

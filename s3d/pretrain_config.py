@@ -89,6 +89,12 @@ class PretrainConfig(RunSettings):
             raise ValueError(
                 f"patch_size must be a multiple of {stride}, the total stride of {self.preset}, got {self.patch_size}"
             )
+        if all(side == stride for side in self.patch_size):
+            # The network would have one voxel at its lowest resolution, which norms make zero.
+            raise ValueError(
+                f"patch_size must be larger than {stride}, the total stride of {self.preset}, along an axis, "
+                f"got {self.patch_size}"
+            )
         if self.machine not in MACHINES:
             raise ValueError(f"machine must be one of {', '.join(MACHINES)}, got {self.machine!r}")
         check_backend(self.backend)

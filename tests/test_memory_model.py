@@ -96,3 +96,47 @@ def test_a_machine_computes_its_preset_in_few_parts(machine: str, gibibytes: flo
     config = machine_config(machine, output_dir=Path("y"))
     memory = step_memory(config, torch.device("cuda"))
     assert fewest_parts(memory, config.batch_size, int(gibibytes * GIB)) <= 2
+
+
+MEASURE_DENSE = """
+import gc, sys, torch
+from pathlib import Path
+from s3d.model import build_unet
+
+def status(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+torch.set_num_threads(2)
+network = build_unet(sys.argv[1])
+network.decoder.seg_layers[:-1].requires_grad_(False)
+def step(side):
+    x = torch.randn(1, 1, side, side, side)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    network(x).square().mean().backward()
+    return status("VmHWM") - before
+step(32)
+print(step(64))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
+@pytest.mark.parametrize("preset", ["mednext-small", "convnext-small"])
+def test_prediction_knows_the_architecture(preset: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE_DENSE, preset]
+    taken = int(subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment).stdout)
+    config = PretrainConfig(output_dir=tmp_path, method="models-genesis", preset=preset, patch_size=(64, 64, 64))
+    assert step_memory(config, torch.device("cpu")).patch == pytest.approx(taken, rel=0.25)
+
+
+def test_s3d_with_another_architecture_counts_all_voxels() -> None:
+    def patch(**settings: Any) -> int:
+        config = PretrainConfig(output_dir=Path("y"), preset="mednext-small", **settings)
+        return step_memory(config, torch.device("cpu")).patch
+
+    assert patch() == patch(method="models-genesis")

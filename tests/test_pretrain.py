@@ -263,6 +263,12 @@ def test_bad_images_are_named_or_skipped(images: Path, tmp_path: Path, capsys: p
         ({"foreground": 2.0}, r"foreground must be in \[0, 1\]"),
         ({"machine": "mainframe"}, "machine must be one of published"),
         ({"volumes": Path("x")}, "give volumes or images, not both"),
+        (
+            {"preset": "swin-unetr-small"},
+            "a transformer; take another preset, or sparse, mask_tokens and densify False",
+        ),
+        ({"preset": "swin-unetr-small", "method": "spark"}, "encoder of method spark, got swin-unetr-small, a transf"),
+        ({"method": "models-genesis", "patch_size": (4, 4, 4)}, "patch_size must be larger than 4"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -654,3 +660,13 @@ def test_a_checkpoint_tells_the_voxel_size_of_the_volumes(images: Path, tmp_path
 def test_neither_volumes_nor_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"give volumes .* or images"):
         pretrain(configure(None, tmp_path / "run"))
+
+
+def test_a_method_that_mixes_samples_warns_of_parts(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, object] = {"method": "volumefusion", "steps": 1, "batch_size": 2}
+    for parts, warned in ((1, False), (2, True)):
+        caplog.clear()
+        pretrain(configure(images, tmp_path / str(parts), accumulate=parts, **settings))
+        assert ("1 of 2 are computed at the same time" in caplog.text) == warned

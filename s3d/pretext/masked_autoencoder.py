@@ -66,10 +66,10 @@ class MaskedAutoencoder(Pretext[MaskedProblem]):
     def check(cls, config: PretrainConfig) -> None:
         """See `Pretext`."""
         if config.sparse and config.size.architecture == "swin-unetr":
-            dense = ", or take --no-sparse --no-mask-tokens --no-densify" if config.method == "s3d" else ""
+            dense = ", or sparse, mask_tokens and densify False" if config.method == "s3d" else ""
             raise ValueError(
-                f"preset of method {config.method} must have an encoder that can be made sparse, got {config.preset}; "
-                f"accepted: presets of other architectures than swin-unetr{dense}"
+                f"preset must be of convolutions for the sparse encoder of method {config.method}, "
+                f"got {config.preset}, a transformer; take another preset{dense}"
             )
         stride = config.size.total_stride
         if config.mask_block < 1 or config.mask_block % stride:

@@ -55,7 +55,8 @@ class Pretext(ABC, Generic[Problem]):
 
     A step of the trainer is, for each part of the batch: ``problem = pose(image, valid, draw)``, ``output =
     answer(model, problem)``, ``loss(output, problem, terms).backward()``, where ``terms`` is the sum of
-    ``terms(problem)`` over all parts and processes. So gradients do not depend on who computes what.
+    ``terms(problem)`` over all parts and processes. So gradients do not depend on who computes what, unless the method
+    mixes samples.
 
     Args:
         config: of the run.
@@ -64,6 +65,8 @@ class Pretext(ABC, Generic[Problem]):
     trained: ClassVar[Trained] = "encoder+decoder"
     # Whether patches may be mirrored at random for training.
     mirrored: ClassVar[bool] = True
+    # Whether samples that are computed at the same time are parts of each other's problems.
+    mixes_samples: ClassVar[bool] = False
     # Of the loss, for plots.
     loss_label: ClassVar[str]
     # What `trivial_loss` is the loss of, for plots; empty where there is none.

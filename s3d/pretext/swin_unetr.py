@@ -162,6 +162,7 @@ class SwinUNETRPretext(Pretext[ViewsProblem]):
 
     trained = "encoder"
     mirrored = False
+    mixes_samples = True
     loss_label = "inpainting, rotation and contrast"
     trivial_label = "zeros, and guesses"
 
@@ -172,12 +173,6 @@ class SwinUNETRPretext(Pretext[ViewsProblem]):
             raise ValueError(
                 f"preset of method swin-unetr must be of architecture swin-unetr, got {config.preset}, "
                 f"which is of {config.size.architecture}"
-            )
-        stride = config.size.total_stride
-        if all(side <= stride for side in config.patch_size):
-            raise ValueError(
-                f"patch_size of method swin-unetr must be larger than {stride}, the total stride of {config.preset}, "
-                f"along an axis, got {config.patch_size}"
             )
 
     def build_model(self) -> SwinUNETRModel:

@@ -59,6 +59,7 @@ class VolumeFusion(Pretext[FusionProblem]):
     batch is shared, while boxes and coefficients do not. (The published method reads two patches for each sample.)
     """
 
+    mixes_samples = True
     loss_label = "soft Dice and cross-entropy of the coefficients"
     trivial_label = "all coefficients alike"
 

@@ -184,7 +184,7 @@ def test_losses_fall() -> None:
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(ValueError, match="preset of method swin-unetr must be of architecture swin-unetr, got small"):
         configure(None, Path(), method="swin-unetr", preset="small")
-    with pytest.raises(ValueError, match="patch_size of method swin-unetr must be larger than 8"):
+    with pytest.raises(ValueError, match="patch_size must be larger than 8, the total stride of"):
         method((8, 8, 8))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_comparison import protocol
 from small_dataset import write_dataset
+from small_matrix import protocol
 
 from s3d.comparison.cells import FinetuningCell, PretrainingCell, plan_matrix
 from s3d.comparison.labelled_cases import choose_cases, labelled_cases, link_test_cases

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from small_comparison import protocol, run, write_data
+from small_matrix import protocol, run, write_data
 
 from s3d.comparison import run_cell
 from s3d.comparison.compare import FailedCellsError

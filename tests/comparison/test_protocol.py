@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_comparison import protocol
+from small_matrix import protocol
 
 from s3d.comparison.protocol import Budget, parse_protocol, pretraining_settings, read_protocol
 from s3d.pretext.registry import METHODS

@@ -82,11 +82,15 @@ def trained_parameters(pretext: Pretext[Any]) -> int:
 def step_flops(pretext: Pretext[Any], config: PretrainConfig) -> float:
     """Floating-point operations of forward and backward of a step of pre-training, see `s3d_kernels.flops`.
 
-    Counted on two patches with random content. Where the masked share is drawn, it is that of these two.
+    Counted on two patches with random content. Where the masked share is drawn from a range, its middle is counted.
     """
     patches = min(config.batch_size, MOST_PATCHES)
     share = config.batch_size / patches
-    config = dataclasses.replace(config, batch_size=patches, checkpoint_activations=False, accumulate=None)
+    # Operations are all but linear in the masked share, so the middle stands for the mean of all steps.
+    ratio = sum(config.mask_ratio) / 2 if isinstance(config.mask_ratio, tuple) else config.mask_ratio
+    config = dataclasses.replace(
+        config, batch_size=patches, mask_ratio=ratio, checkpoint_activations=False, accumulate=None
+    )
     pretext = type(pretext)(config)
     model = pretext.build_model()
     generator = torch.Generator().manual_seed(0)

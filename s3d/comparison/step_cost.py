@@ -103,8 +103,10 @@ def step_flops(pretext: Pretext[Any], config: PretrainConfig) -> float:
 
 def finetuning_step_flops(network: NetworkShape, patch_size: Sequence[int], channels: int, classes: int) -> float:
     """Of a step of fine-tuning on one patch, forward and backward, with deep supervision."""
-    model = build_network(network, channels, classes, deep_supervision=True)
+    with torch.device("meta"):  # shapes say it all: nothing is computed
+        model = build_network(network, channels, classes, deep_supervision=True)
+        patch = torch.empty(1, channels, *patch_size)
     with FlopCount() as count:
-        outputs = model(torch.zeros(1, channels, *patch_size))
+        outputs = model(patch)
         torch.stack([output.sum() for output in outputs]).sum().backward()
     return sum(count.flops.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 from s3d.data.store import write_atomically
 
-from .protocol import Protocol
+from .protocol import Protocol, slug_of
 
 KEPT = "protocol.json"
 
@@ -33,8 +33,13 @@ def keep_protocol(protocol: Protocol, output: Path) -> None:
         for name in ("budget", "pretraining_seeds", "first_seed"):
             different += _differences(name, before[name], now[name])
         for name in ("methods", "datasets"):
-            for one in before[name].keys() & now[name].keys():
-                different += _differences(f"{name}.{one}", before[name][one], now[name][one])
+            folders = {slug_of(one): one for one in before[name]}
+            for one in now[name]:
+                other = folders.get(slug_of(one), one)
+                if other != one:  # what was made under the other name would be taken for its own
+                    different.append(f"{name}.{one} (was called {other!r}, in the same folders)")
+                elif one in before[name]:
+                    different += _differences(f"{name}.{one}", before[name][one], now[name][one])
             now[name] = {**before[name], **now[name]}
     if different:
         raise ValueError(

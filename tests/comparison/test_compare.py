@@ -152,6 +152,10 @@ def test_matrix_grows(copy: Path, data: Path, counted: list[Path], capsys: pytes
     ("changes", "message"),
     [
         ({"methods": {"S3D": {"pretraining": {"steps": 4}}}}, r"methods\.S3D\.pretraining\.steps \(was 3, is 4\)"),
+        (
+            {"methods": {"s3D": {"pretraining": {"steps": 4}}}, "reference": "s3D"},
+            r"methods\.s3D \(was called 'S3D', in the same folders\)",
+        ),
         ({"seeds": [1, 0]}, r"first_seed \(was 0, is 1\)"),
         (
             {"datasets": {"balls": {"folder": "Dataset001_Balls", "labels": [2], "validation_cases": 2}}},

@@ -21,8 +21,9 @@ import pytest
 from matplotlib.figure import Figure
 from small_matrix import protocol, run, write_data
 
-from s3d.comparison import run_cell
+from s3d.comparison import compare, run_cell
 from s3d.comparison.compare import FailedCellsError
+from s3d.comparison.scheduler import Outcome
 from s3d.pretext.masked_autoencoder import MaskedAutoencoder
 from s3d.pretrain import PretrainResult, pretrain
 from s3d.pretrain_config import PretrainConfig
@@ -166,6 +167,17 @@ def test_matrix_grows(copy: Path, data: Path, counted: list[Path], capsys: pytes
 def test_another_protocol_is_refused(copy: Path, data: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(data, copy, protocol(**changes))
+
+
+def test_a_mistake_that_stops_the_first_call_can_be_corrected(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "run_cells", lambda *given: Outcome())
+    wrong = {"balls": {"folder": "Dataset001_Bals", "labels": [2], "validation_cases": 1}}
+    with pytest.raises(FileNotFoundError, match="Dataset001_Bals"):
+        run(data, tmp_path / "begun", protocol(datasets=wrong))
+    run(data, tmp_path / "begun", protocol())
+    assert (tmp_path / "begun" / "protocol.json").read_text() == (finished / "protocol.json").read_text()
 
 
 def test_report_alone_and_prediction(

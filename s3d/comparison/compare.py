@@ -79,7 +79,7 @@ def compare(config: CompareConfig) -> None:
         return
     check_protocol(protocol, output)
     if config.report_only:
-        _report(protocol, matrix, output)
+        _report(protocol, matrix, place)
         return
     devices = _devices(config.devices)
     output.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def compare(config: CompareConfig) -> None:
     outcome = run_cells(matrix.cells, place, devices, cost)
     if outcome.stopped:
         raise KeyboardInterrupt
-    _report(protocol, matrix, output)
+    _report(protocol, matrix, place)
     if outcome.failed:
         named = "; ".join(f"{cell.title} ({why})" for cell, why in outcome.failed)
         raise FailedCellsError(
@@ -100,8 +100,8 @@ def compare(config: CompareConfig) -> None:
         )
 
 
-def _report(protocol: Protocol, matrix: Matrix, output: Path) -> None:
-    results = collect(protocol, matrix, output)
+def _report(protocol: Protocol, matrix: Matrix, place: Workplace) -> None:
+    results = collect(protocol, matrix, place)
     tables = write_comparison(
         title="Comparison of pre-training methods",
         description=protocol.description,
@@ -109,7 +109,7 @@ def _report(protocol: Protocol, matrix: Matrix, output: Path) -> None:
         comparison=protocol.comparison,
         ablation=protocol.ablation,
         reference=protocol.reference,
-        output_dir=output,
+        output_dir=place.output,
     )
     print(tables)
 

@@ -153,6 +153,12 @@ def links_of(cell: FinetuningCell, place: Workplace) -> Path:
     return place.output / "test" / slug_of(cell.dataset.name)
 
 
+def test_images(cell: FinetuningCell, place: Workplace) -> Path:
+    """Folder of the images of test cases: links, or the data set's own."""
+    links = links_of(cell, place)
+    return (links if links.is_dir() else place.data / cell.dataset.folder) / "imagesTs"
+
+
 def _pretrain(cell: PretrainingCell, place: Workplace, device: str) -> dict[str, Any]:
     steps = None
     if place.budget is not None:

@@ -180,6 +180,21 @@ def test_a_mistake_that_stops_the_first_call_can_be_corrected(
     assert (tmp_path / "begun" / "protocol.json").read_text() == (finished / "protocol.json").read_text()
 
 
+def test_test_images_that_pretraining_has_seen_are_named(data: Path, tmp_path: Path, capsys: Any) -> None:
+    content = protocol(
+        pretraining={
+            **protocol()["pretraining"],
+            "images": ["Dataset002_Untested/imagesTr"],
+            "patch_size": [16, 16, 16],
+        },
+        datasets={"untested": {"folder": "Dataset002_Untested", "labels": [2]}},
+        seeds=[0],
+    )
+    run(data, tmp_path / "seen", content)
+    # Of 6 cases the first fold leaves out 2.
+    assert "seen the images, not the labels, of 2 test cases of untested" in capsys.readouterr().out
+
+
 def test_report_alone_and_prediction(
     copy: Path, data: Path, counted: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from s3d.data.store import INDEX, VolumeStore
 from s3d.segmentation.scores import read_scores
 from s3d.training_log import read_log
 
 from .cells import FinetuningCell, Matrix, PretrainingCell
 from .protocol import Protocol
 from .results import EvaluatedCell, PretrainedCell, Results
-from .run_cell import SCORES, read_record
+from .run_cell import SCORES, Workplace, read_record, test_images
 
 
-def collect(protocol: Protocol, matrix: Matrix, output: Path) -> Results:
+def collect(protocol: Protocol, matrix: Matrix, place: Workplace) -> Results:
     """The results of all entries of the matrix whose cells are finished.
 
     Args:
         protocol, matrix: of the comparison.
-        output: its folder.
+        place: of its runs.
     """
+    output = place.output
     order = {method.name: place for place, method in enumerate(protocol.methods)}
     pretrained = [
         _pretrained(method, cell, record, output)
@@ -38,7 +42,28 @@ def collect(protocol: Protocol, matrix: Matrix, output: Path) -> Results:
         evaluated=tuple(evaluated),
         pretrained=tuple(pretrained),
         planned=len(matrix.pretraining) + len(matrix.finetuning),
+        seen=_seen(matrix, evaluated, place),
     )
+
+
+def _seen(matrix: Matrix, evaluated: Sequence[EvaluatedCell], place: Workplace) -> dict[str, int]:
+    """Test cases of each data set whose images are among those of a finished pre-training, if there are any."""
+    sources: set[Path] = set()
+    for folder in {cell.folder for cell in matrix.pretraining.values()}:
+        if read_record(place.output / folder) is not None:
+            config = json.loads((place.output / folder / "config.json").read_text(encoding="utf-8"))
+            store = Path(config["volumes"])
+            if (store / INDEX).is_file():  # else it was removed since
+                sources |= {Path(case.source).resolve() for case in VolumeStore(store).cases}
+    cases = {cell.dataset: cell.cases for cell in evaluated}
+    images = {cell.dataset.name: test_images(cell, place) for cell in matrix.finetuning.values()}
+    found = {
+        dataset: sum(
+            any(file.resolve() in sources for file in images[dataset].glob(f"{case}_????.*")) for case in names
+        )
+        for dataset, names in cases.items()
+    }
+    return {dataset: number for dataset, number in found.items() if number}
 
 
 def _pretrained(method: str, cell: PretrainingCell, record: dict[str, Any], output: Path) -> PretrainedCell:

@@ -15,12 +15,12 @@ from s3d.data.workers import available_cores
 
 from .cells import Cell, FinetuningCell, Matrix, PretrainingCell, plan_matrix
 from .collect import collect
-from .kept_protocol import keep_protocol, known_methods
+from .kept_protocol import check_protocol, keep_protocol, known_methods
 from .labelled_cases import labelled_cases, link_test_cases
 from .page import write_comparison
 from .prediction import predicted_cost, relative_cost
 from .protocol import Protocol, read_protocol
-from .run_cell import Workplace, links_of, read_record, shared_volumes
+from .run_cell import Workplace, alone, links_of, read_record, shared_volumes
 from .scheduler import run_cells
 
 log = logging.getLogger(__name__)
@@ -77,17 +77,21 @@ def compare(config: CompareConfig) -> None:
     if config.dry_run:
         print(predicted_cost(matrix, place, config.tflops))
         return
-    keep_protocol(protocol, output)
+    check_protocol(protocol, output)
     if config.report_only:
-        _report(protocol, matrix, output)
+        _report(protocol, matrix, place)
         return
     devices = _devices(config.devices)
-    _prepare(matrix, place, available_cores() if devices else 0)
+    output.mkdir(parents=True, exist_ok=True)
+    with alone(output):  # another call may prepare the same
+        _prepare(matrix, place, available_cores() if devices else 0)
+        # Last, so that a mistake that stops the first call can be corrected in the file.
+        keep_protocol(protocol, output)
     cost = functools.lru_cache(None)(functools.partial(relative_cost, place=place))
     outcome = run_cells(matrix.cells, place, devices, cost)
     if outcome.stopped:
         raise KeyboardInterrupt
-    _report(protocol, matrix, output)
+    _report(protocol, matrix, place)
     if outcome.failed:
         named = "; ".join(f"{cell.title} ({why})" for cell, why in outcome.failed)
         raise FailedCellsError(
@@ -96,8 +100,8 @@ def compare(config: CompareConfig) -> None:
         )
 
 
-def _report(protocol: Protocol, matrix: Matrix, output: Path) -> None:
-    results = collect(protocol, matrix, output)
+def _report(protocol: Protocol, matrix: Matrix, place: Workplace) -> None:
+    results = collect(protocol, matrix, place)
     tables = write_comparison(
         title="Comparison of pre-training methods",
         description=protocol.description,
@@ -105,7 +109,7 @@ def _report(protocol: Protocol, matrix: Matrix, output: Path) -> None:
         comparison=protocol.comparison,
         ablation=protocol.ablation,
         reference=protocol.reference,
-        output_dir=output,
+        output_dir=place.output,
     )
     print(tables)
 

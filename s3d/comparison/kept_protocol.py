@@ -10,7 +10,7 @@ from typing import Any
 
 from s3d.data.store import write_atomically
 
-from .protocol import Protocol
+from .protocol import Protocol, slug_of
 
 KEPT = "protocol.json"
 
@@ -25,6 +25,20 @@ def keep_protocol(protocol: Protocol, output: Path) -> None:
     while; what made the runs that it holds stays.
 
     Raises:
+        ValueError: as `check_protocol`.
+    """
+    check_protocol(protocol, output)
+    before, now = _read(output), _plain(protocol)
+    for name in ("methods", "datasets"):
+        now[name] = {**before.get(name, {}), **now[name]}
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / KEPT, (json.dumps(now, indent=2) + "\n").encode())
+
+
+def check_protocol(protocol: Protocol, output: Path) -> None:
+    """That the folder has no runs that were made with anything else.
+
+    Raises:
         ValueError: a method, a data set or the budget was another one before; names what differs.
     """
     before, now = _read(output), _plain(protocol)
@@ -33,16 +47,18 @@ def keep_protocol(protocol: Protocol, output: Path) -> None:
         for name in ("budget", "pretraining_seeds", "first_seed"):
             different += _differences(name, before[name], now[name])
         for name in ("methods", "datasets"):
-            for one in before[name].keys() & now[name].keys():
-                different += _differences(f"{name}.{one}", before[name][one], now[name][one])
-            now[name] = {**before[name], **now[name]}
+            folders = {slug_of(one): one for one in before[name]}
+            for one in now[name]:
+                other = folders.get(slug_of(one), one)
+                if other != one:  # what was made under the other name would be taken for its own
+                    different.append(f"{name}.{one} (was called {other!r}, in the same folders)")
+                elif one in before[name]:
+                    different += _differences(f"{name}.{one}", before[name][one], now[name][one])
     if different:
         raise ValueError(
             f"output_dir {output} holds runs of another protocol: {'; '.join(sorted(different))}. Give the protocol as "
             "it was (more methods, data sets, label counts or seeds are fine), or another output_dir."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / KEPT, (json.dumps(now, indent=2) + "\n").encode())
 
 
 def _plain(protocol: Protocol) -> dict[str, Any]:

@@ -71,7 +71,13 @@ def _of_first_fold(raw: RawDataset, links: Path) -> LabelledCases:
 
 
 def link_test_cases(cases: LabelledCases) -> None:
-    """Make the links of test cases that lie among those for training."""
+    """Make the links of test cases that lie among those for training, and no other: a case that was for the test under
+    other splits may be trained on now."""
+    wanted = {file.name for images, label in cases.linked for file in (*images, label)}
+    for folder in (cases.images, cases.labels) if cases.linked else ():
+        for link in folder.glob("*"):
+            if link.name not in wanted:
+                link.unlink()
     for images, label in cases.linked:
         for folder, files in ((cases.images, images), (cases.labels, (label,))):
             folder.mkdir(parents=True, exist_ok=True)

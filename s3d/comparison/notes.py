@@ -56,6 +56,11 @@ def statistics_notes(results: Results, found: Standings) -> list[str]:
             "says how far another pre-training would move the numbers."
         )
     notes += [
+        f"Pre-training has seen the images, not the labels, of {number} test cases of {dataset}: methods that begin "
+        "from scratch have not."
+        for dataset, number in results.seen.items()
+    ]
+    notes += [
         f"Differences to {found.reference} are paired by case and seed, over the cases that both have a score for. "
         "p: Wilcoxon's signed-rank test over the test cases of all data sets, two-sided, each case with its mean over "
         "seeds and numbers of labels; corrected for the tests of a table (Holm). It weighs every case the same, so "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ class Results:
         pretrained: pre-trained models; methods from scratch have none.
         planned: how many of both there are when all is finished. Two methods of the same settings share a run, which
             counts for each.
+        seen: test cases whose images (not labels) a pre-training has seen, of each data set that has such.
     """
 
     methods: tuple[str, ...]
@@ -100,3 +102,4 @@ class Results:
     evaluated: tuple[EvaluatedCell, ...]
     pretrained: tuple[PretrainedCell, ...]
     planned: int
+    seen: Mapping[str, int] = field(default_factory=dict)

@@ -83,7 +83,7 @@ def run_cell(cell: Cell, place: Workplace, device: str) -> None:
     """
     folder = place.output / cell.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), _output_to(folder / OUTPUT):
+    with alone(folder), _output_to(folder / OUTPUT):
         if read_record(folder) is not None:
             return
         try:
@@ -151,6 +151,12 @@ def finetune_config(cell: FinetuningCell, place: Workplace, device: str, steps: 
 def links_of(cell: FinetuningCell, place: Workplace) -> Path:
     """Folder for links to test cases."""
     return place.output / "test" / slug_of(cell.dataset.name)
+
+
+def test_images(cell: FinetuningCell, place: Workplace) -> Path:
+    """Folder of the images of test cases: links, or the data set's own."""
+    links = links_of(cell, place)
+    return (links if links.is_dir() else place.data / cell.dataset.folder) / "imagesTs"
 
 
 def _pretrain(cell: PretrainingCell, place: Workplace, device: str) -> dict[str, Any]:
@@ -229,7 +235,7 @@ def _affordable_steps(some: Config, seconds: float) -> int:
     """
     folder = some.output_dir
     kept = folder.parent / BUDGET
-    with _alone(folder.parent):
+    with alone(folder.parent):
         if not kept.is_file():
             timing = folder / "timing"
             shutil.rmtree(timing, ignore_errors=True)
@@ -246,7 +252,7 @@ def _affordable_steps(some: Config, seconds: float) -> int:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Waits until no other process works in a folder, such as one whose scheduler was killed and that is ending."""
     with (folder / LOCK).open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

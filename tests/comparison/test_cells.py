@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_without_labelled_test_cases_the_first_fold_is_the_test(tmp_path: Path) 
         assert sorted(path.name for path in cases.images.iterdir()) == [f"{name}_0000.nii.gz" for name in fold["val"]]
     name = f"{fold['val'][0]}.nii.gz"
     assert (cases.labels / name).samefile(raw / "labelsTr" / name)
+
+    # Other splits: what was tested is trained on.
+    split = {"train": [*fold["val"], *fold["train"][1:]], "val": fold["train"][:1]}
+    (raw / "splits_final.json").write_text(json.dumps([split]))
+    link_test_cases(labelled_cases(dataset, tmp_path, links))
+    assert [path.name for path in cases.labels.iterdir()] == [f"{fold['train'][0]}.nii.gz"]
+    assert [path.name for path in cases.images.iterdir()] == [f"{fold['train'][0]}_0000.nii.gz"]
 
 
 def test_too_few_cases(tmp_path: Path) -> None:

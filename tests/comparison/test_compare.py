@@ -21,8 +21,9 @@ import pytest
 from matplotlib.figure import Figure
 from small_matrix import protocol, run, write_data
 
-from s3d.comparison import run_cell
+from s3d.comparison import compare, run_cell
 from s3d.comparison.compare import FailedCellsError
+from s3d.comparison.scheduler import Outcome
 from s3d.pretext.masked_autoencoder import MaskedAutoencoder
 from s3d.pretrain import PretrainResult, pretrain
 from s3d.pretrain_config import PretrainConfig
@@ -152,6 +153,10 @@ def test_matrix_grows(copy: Path, data: Path, counted: list[Path], capsys: pytes
     ("changes", "message"),
     [
         ({"methods": {"S3D": {"pretraining": {"steps": 4}}}}, r"methods\.S3D\.pretraining\.steps \(was 3, is 4\)"),
+        (
+            {"methods": {"s3D": {"pretraining": {"steps": 4}}}, "reference": "s3D"},
+            r"methods\.s3D \(was called 'S3D', in the same folders\)",
+        ),
         ({"seeds": [1, 0]}, r"first_seed \(was 0, is 1\)"),
         (
             {"datasets": {"balls": {"folder": "Dataset001_Balls", "labels": [2], "validation_cases": 2}}},
@@ -162,6 +167,32 @@ def test_matrix_grows(copy: Path, data: Path, counted: list[Path], capsys: pytes
 def test_another_protocol_is_refused(copy: Path, data: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(data, copy, protocol(**changes))
+
+
+def test_a_mistake_that_stops_the_first_call_can_be_corrected(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "run_cells", lambda *given: Outcome())
+    wrong = {"balls": {"folder": "Dataset001_Bals", "labels": [2], "validation_cases": 1}}
+    with pytest.raises(FileNotFoundError, match="Dataset001_Bals"):
+        run(data, tmp_path / "begun", protocol(datasets=wrong))
+    run(data, tmp_path / "begun", protocol())
+    assert (tmp_path / "begun" / "protocol.json").read_text() == (finished / "protocol.json").read_text()
+
+
+def test_test_images_that_pretraining_has_seen_are_named(data: Path, tmp_path: Path, capsys: Any) -> None:
+    content = protocol(
+        pretraining={
+            **protocol()["pretraining"],
+            "images": ["Dataset002_Untested/imagesTr"],
+            "patch_size": [16, 16, 16],
+        },
+        datasets={"untested": {"folder": "Dataset002_Untested", "labels": [2]}},
+        seeds=[0],
+    )
+    run(data, tmp_path / "seen", content)
+    # Of 6 cases the first fold leaves out 2.
+    assert "seen the images, not the labels, of 2 test cases of untested" in capsys.readouterr().out
 
 
 def test_report_alone_and_prediction(

@@ -71,14 +71,3 @@ def test_unknown_methods_and_settings_that_go_with_others_are_named(tmp_path: Pa
     for name in METHODS.keys() - {"s3d"}:
         with pytest.raises(ValueError, match=f"densify goes with method s3d, not with {name}"):
             configure(None, tmp_path, method=name, densify=False)
-
-
-def test_transformers_have_no_sparse_form(tmp_path: Path) -> None:
-    wrong = (
-        r"preset of method {} must have an encoder that can be made sparse, got swin-unetr-small; accepted: [^;]*{}$"
-    )
-    with pytest.raises(ValueError, match=wrong.format("s3d", "swin-unetr, or take --no-sparse .*--no-densify")):
-        configure(None, tmp_path, preset="swin-unetr-small")
-    with pytest.raises(ValueError, match=wrong.format("spark", "swin-unetr")):
-        configure(None, tmp_path, preset="swin-unetr-small", method="spark")
-    configure(None, tmp_path, preset="swin-unetr-small", sparse=False, mask_tokens=False, densify=False)

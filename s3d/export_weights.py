@@ -54,6 +54,11 @@ def export(config: ExportConfig) -> None:
             f"format {config.format} is for ResEnc U-Nets, and {config.checkpoint} holds {preset}; "
             "accepted: encoder, unet"
         )
+    if config.format != "encoder" and saved.get("trained") == "encoder":
+        log.warning(
+            "%s trained the encoder alone: the decoder in the file has its first weights (docs/pretext.md)",
+            config.checkpoint,
+        )
     unet = plain_unet(saved, config.weights)
     # What the volumes had, where the run knew it; its settings tell only what images were to be resampled to.
     settings = saved["config"] | {name: saved[name] for name in ("spacing_mm",) if name in saved}

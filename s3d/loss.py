@@ -61,12 +61,25 @@ def visible_mean_mse(
 def block_normalized(
     target: Tensor,  # [N, C, D, H, W]
     mask: BlockMask,
+    valid: Tensor | None = None,  # [N, 1, D, H, W] bool
 ) -> Tensor:
     """The target z-scored within each block of a mask, visible or not, float32: what is left to learn is structure.
+
+    Args:
+        target: of all voxels.
+        mask: whose blocks are taken.
+        valid: voxels whose mean and standard deviation count; default all.
 
     Source: He et al., "Masked autoencoders are scalable vision learners" (CVPR 2022), section 3.
     """
     sides = [part for pair in zip(mask.grid_shape, mask.block, strict=True) for part in pair]
     blocks = target.float().reshape(*target.shape[:2], *sides)
-    variance, mean = torch.var_mean(blocks, dim=(3, 5, 7), correction=0, keepdim=True)
+    inside = (3, 5, 7)
+    if valid is None:
+        variance, mean = torch.var_mean(blocks, dim=inside, correction=0, keepdim=True)
+    else:
+        counted = valid.reshape(len(valid), 1, *sides)
+        number = counted.sum(inside, keepdim=True).clamp(min=1)
+        mean = torch.where(counted, blocks, 0.0).sum(inside, keepdim=True) / number
+        variance = torch.where(counted, blocks - mean, 0.0).square().sum(inside, keepdim=True) / number
     return ((blocks - mean) * (variance + 1e-6).rsqrt()).reshape(target.shape)

@@ -251,3 +251,14 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["export", str(checkpoint), "--format", "onnx", "--output", str(tmp_path / "x")])
     assert "nnssl" in capsys.readouterr().err
+
+
+def test_a_decoder_that_was_not_trained_is_named(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save({**saved, "trained": "encoder"}, tmp_path / "encoder.pt")
+    exported(tmp_path / "encoder.pt", "encoder")
+    assert "first weights" not in caplog.text
+    exported(tmp_path / "encoder.pt", "nnunet")
+    assert "trained the encoder alone" in caplog.text

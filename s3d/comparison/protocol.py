@@ -28,7 +28,7 @@ from typing import Any, Literal
 from s3d.pretrain_config import PretrainConfig
 from s3d.segmentation.finetune_config import FinetuneConfig
 
-from .settings_file import check_names, entry, object_at, settings_of
+from .settings_file import check_names, entry, object_at, settings_of, without_repetition
 
 # Settings of a run that the comparison itself decides.
 OURS = ("output_dir", "seed", "device", "resume")
@@ -132,11 +132,10 @@ def read_protocol(file: Path) -> Protocol:
         ValueError: it is not JSON, or an entry is wrong; names its place.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from error
-    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_repetition)
         return parse_protocol(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -11,6 +11,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from s3d.run_settings import RunSettings
 
 
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads(object_pairs_hook=...)`; ValueError for a name that would hide another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{', '.join(twice)}: given twice in one object")
+    return found
+
+
 def check_names(given: Mapping[str, Any], accepted: Collection[str], place: str) -> None:
     """ValueError, with its place, for an entry that nobody knows."""
     for name in given:

@@ -117,7 +117,7 @@ class MaskedAutoencoder(Pretext[MaskedProblem]):
         mask = self.sampler(draw.batch, *draw.stream, samples=draw.samples)
         masked = masked_voxels(mask, valid)  # on the CPU, where nobody waits for a GPU
         mask = mask.to(image.device)
-        target = block_normalized(image, mask) if self.block_normalized else image
+        target = block_normalized(image, mask, valid) if self.block_normalized else image
         return MaskedProblem(image, target, mask, valid, masked)
 
     def terms(self, problem: MaskedProblem) -> int:

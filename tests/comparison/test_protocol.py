@@ -111,3 +111,13 @@ def test_shipped_protocols(name: str) -> None:
     used = {method.pretraining.get("method", "s3d") for method in parsed.methods if method.pretraining is not None}
     assert used == set(METHODS), "a method is not compared"
     assert {*parsed.comparison, *parsed.ablation} == {method.name for method in parsed.methods}
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "protocol.json"
+    file.write_text('{"methods": {"S3D": {"pretraining": {}}, "S3D": {"pretraining": null}}}')
+    with pytest.raises(ValueError, match=r"protocol.json: S3D: given twice in one object"):
+        read_protocol(file)
+    file.write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match=r"protocol.json: is not JSON"):
+        read_protocol(file)

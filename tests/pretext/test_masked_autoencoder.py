@@ -65,6 +65,20 @@ def test_block_normalized_targets_by_hand() -> None:
     assert float(normalized[..., 2:].mean()) == pytest.approx(0, abs=1e-6)
 
 
+def test_voxels_that_are_not_valid_do_not_count_in_block_normalized_targets() -> None:
+    target = torch.randn(1, 1, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    mask = BlockMask.from_grid(torch.tensor([True, False]).reshape(1, 1, 1, 2), 2)
+    valid = torch.ones(1, 1, 2, 2, 4, dtype=torch.bool)
+    torch.testing.assert_close(block_normalized(target, mask, valid), block_normalized(target, mask))
+    valid[..., 2] = False
+    disturbed = torch.where(valid, target, 1e3)
+    normalized = block_normalized(disturbed, mask, valid)
+    values = target[..., 3]
+    expected = (values - values.mean()) / torch.sqrt(values.var(correction=0) + 1e-6)
+    torch.testing.assert_close(normalized[..., 3], expected)
+    assert block_normalized(target, mask, torch.zeros_like(valid)).isfinite().all()
+
+
 def test_unknown_methods_and_settings_that_go_with_others_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"method must be one of s3d, .*got 'magic'"):
         configure(None, tmp_path, method="magic")

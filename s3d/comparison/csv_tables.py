@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from s3d.comparison.results import Results
-from s3d.comparison.standings import Against, LabelStanding, Standing, Standings, Task
 from s3d.csv_table import csv_text
 from s3d.segmentation.comparison import Interval, mean_score
 from s3d.segmentation.scores import number
+
+from .results import Results
+from .standings import Against, LabelStanding, Standing, Standings, Task
 
 AVERAGE = "average"
 SCORE_COLUMNS = ("method", "dataset", "labels", "seeds", "all_seeds", "dice", "dice_low", "dice_high")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from s3d.comparison.results import PretrainedCell, Results
-from s3d.comparison.standings import LabelStanding, Scoreboard, Standing, Task
+from .results import PretrainedCell, Results
+from .standings import LabelStanding, Scoreboard, Standing, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from s3d.comparison.results import Results
-from s3d.comparison.standings import Standings
 from s3d.segmentation.comparison import CONFIDENCE
+
+from .results import Results
+from .standings import Standings
 
 NOTHING = "–"  # noqa: RUF001 (the sign that tables have where there is no number)
 

@@ -6,26 +6,6 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from s3d.comparison.csv_tables import cells_csv, labels_csv, pretraining_csv, standings_csv
-from s3d.comparison.figures import (
-    cost_figure,
-    labels_figure,
-    learning_curves_figure,
-    pretext_figure,
-    pretraining_losses_figure,
-)
-from s3d.comparison.machine import machine_rows
-from s3d.comparison.notes import progress_note, statistics_notes
-from s3d.comparison.results import Results
-from s3d.comparison.standings import (
-    LabelStanding,
-    Scoreboard,
-    Standings,
-    datasets_with_several_labels,
-    label_standings,
-    standings,
-)
-from s3d.comparison.tables import Cell, LinkedTable, labels_table, standings_table
 from s3d.data.store import write_atomically
 from s3d.html_page import (
     Html,
@@ -40,10 +20,31 @@ from s3d.html_page import (
 )
 from s3d.report import save_figure
 
+from .csv_tables import cells_csv, labels_csv, pretraining_csv, standings_csv
+from .figures import (
+    cost_figure,
+    labels_figure,
+    learning_curves_figure,
+    pretext_figure,
+    pretraining_losses_figure,
+)
+from .kept_protocol import KEPT
+from .machine import machine_rows
+from .notes import progress_note, statistics_notes
+from .results import Results
+from .standings import (
+    LabelStanding,
+    Scoreboard,
+    Standings,
+    datasets_with_several_labels,
+    label_standings,
+    standings,
+)
+from .tables import Cell, LinkedTable, labels_table, standings_table
+
 PAGE = "comparison.html"
 CELLS = "cells.csv"
 PRETRAINING = "pretraining.csv"
-PROTOCOL = "protocol.json"  # the configuration, which is kept in the folder of the comparison
 COMPARISON_TITLE = "Comparison"
 ABLATION_TITLE = "Ablation"
 
@@ -183,8 +184,8 @@ def _sources(output_dir: Path) -> list[str]:
         ("runs that were pre-trained", html_link(PRETRAINING, PRETRAINING)),
     ]
     parts = [html_heading("Runs"), html_table(("", ""), rows)]
-    if (output_dir / PROTOCOL).is_file():
-        parts += [html_heading("Configuration"), html_code((output_dir / PROTOCOL).read_text(encoding="utf-8"))]
+    if (output_dir / KEPT).is_file():
+        parts += [html_heading("Configuration"), html_code((output_dir / KEPT).read_text(encoding="utf-8"))]
     return [*parts, html_heading("Machine that wrote this page"), html_table(("", ""), machine_rows())]
 
 

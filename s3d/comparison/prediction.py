@@ -14,7 +14,6 @@ from s3d.segmentation.raw_dataset import read_raw_dataset
 from s3d.segmentation.summary import Table
 
 from .cells import Cell, FinetuningCell, Matrix, PretrainingCell
-from .protocol import UNKNOWN_STEPS
 from .run_cell import BUDGET, Workplace, finetune_config, pretrain_config, read_record
 from .step_cost import finetuning_step_flops, step_flops
 
@@ -115,12 +114,12 @@ def relative_cost(cell: Cell, place: Workplace) -> float:
 
 
 def _patch_of(cell: FinetuningCell, place: Workplace) -> tuple[int, int, int]:
-    tuning = finetune_config(cell, place, "auto", None if place.budget is None else UNKNOWN_STEPS)
+    tuning = finetune_config(cell, place, "auto")
     if tuning.patch_size is not None:
         return tuning.patch_size
     if cell.pretraining is None:
         return PUBLISHED_PATCH
-    return pretrain_config(cell.pretraining, place, "auto", None if place.budget is None else UNKNOWN_STEPS).patch_size
+    return pretrain_config(cell.pretraining, place, "auto").patch_size
 
 
 def _row(cells: list[Cell], place: Workplace, counted: dict[Any, float]) -> _Row:
@@ -156,17 +155,16 @@ def _flops(cell: Cell, place: Workplace, counted: dict[Any, float]) -> float:
     record = read_record(place.output / cell.folder)
     if record is not None and "step_flops" in record:
         return float(record["step_flops"])
-    steps = None if place.budget is None else UNKNOWN_STEPS
     if isinstance(cell, PretrainingCell):
-        config = pretrain_config(cell, place, "cpu", steps)
+        config = pretrain_config(cell, place, "cpu")
         key = tuple(sorted((name, str(value)) for name, value in config.plain().items() if name in _COUNTED))
         if key not in counted:
             counted[key] = step_flops(METHODS[config.method](config), config)
         return counted[key]
-    tuning = finetune_config(cell, place, "cpu", steps)
+    tuning = finetune_config(cell, place, "cpu")
     preset = tuning.preset
     if preset is None and cell.pretraining is not None:
-        preset = pretrain_config(cell.pretraining, place, "cpu", steps).preset
+        preset = pretrain_config(cell.pretraining, place, "cpu").preset
     channels, classes = _channels_and_classes(place.data / cell.dataset.folder)
     patch = _patch_of(cell, place)
     network = (preset, patch, channels, classes)

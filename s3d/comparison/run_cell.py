@@ -31,7 +31,7 @@ from s3d.segmentation.predict import PredictConfig, predict
 
 from .cells import Cell, FinetuningCell, PretrainingCell
 from .labelled_cases import choose_cases, labelled_cases
-from .protocol import Budget, Settings, finetuning_settings, pretraining_settings, slug_of
+from .protocol import UNKNOWN_STEPS, Budget, Settings, finetuning_settings, pretraining_settings, slug_of
 from .step_cost import forget_peak_memory, measured_steps, step_flops, trained_parameters
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ SCORES = Path("evaluation", "cases.csv")
 # Steps whose time is taken where time is the budget, and those before them, in which caches and choices of kernels warm
 # up.
 WARM_STEPS, TIMED_STEPS = 3, 10
-NEVER = 1_000_000_000
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -118,14 +117,14 @@ def pretrain_config(cell: PretrainingCell, place: Workplace, device: str, steps:
         cell: of the matrix.
         place: where it is run.
         device: as in `RunSettings`.
-        steps: in place of those of the settings.
+        steps: in place of those of the settings. Default where time is the budget: more than any warm-up.
     """
     values = pretraining_settings(cell.settings, place.data)
     volumes = shared_volumes(cell.settings, place)
     if volumes is not None:
         values |= {"volumes": volumes[0], "images": ()}
-    if steps is not None:
-        values["steps"] = steps
+    if steps is not None or place.budget is not None:
+        values["steps"] = UNKNOWN_STEPS if steps is None else steps
     return PretrainConfig(output_dir=place.output / cell.folder, seed=cell.seed, device=device, **values)
 
 
@@ -133,8 +132,8 @@ def finetune_config(cell: FinetuningCell, place: Workplace, device: str, steps: 
     """Settings of a fine-tuning; arguments as of `pretrain_config`."""
     values = finetuning_settings(cell.settings)
     start = cell.pretraining
-    if steps is not None:
-        values["steps"] = steps
+    if steps is not None or place.budget is not None:
+        values["steps"] = UNKNOWN_STEPS if steps is None else steps
     folder = place.output / cell.folder
     return FinetuneConfig(
         output_dir=folder,
@@ -163,7 +162,7 @@ def _pretrain(cell: PretrainingCell, place: Workplace, device: str) -> dict[str,
     steps = None
     if place.budget is not None:
         some = pretrain_config(cell, place, device, WARM_STEPS + TIMED_STEPS)
-        some = dataclasses.replace(some, warmup_steps=0, validate_every=NEVER, checkpoint_every=NEVER)
+        some = dataclasses.replace(some, warmup_steps=0, validate_every=UNKNOWN_STEPS, checkpoint_every=UNKNOWN_STEPS)
         steps = _affordable_steps(some, place.budget.pretraining_seconds)
     config = pretrain_config(cell, place, device, steps)
     forget_peak_memory(device)
@@ -191,7 +190,9 @@ def _finetune(cell: FinetuningCell, place: Workplace, device: str) -> dict[str, 
         some = finetune_config(cell, place, device, WARM_STEPS + TIMED_STEPS)
         unseen = folder / "splits-timing.json"
         write_atomically(unseen, json.dumps([{**split, "val": []}], indent=1).encode())
-        some = dataclasses.replace(some, splits=unseen, warmup_steps=None, validate_every=NEVER, checkpoint_every=NEVER)
+        some = dataclasses.replace(
+            some, splits=unseen, warmup_steps=None, validate_every=UNKNOWN_STEPS, checkpoint_every=UNKNOWN_STEPS
+        )
         steps = _affordable_steps(some, place.budget.finetuning_seconds)
     config = finetune_config(cell, place, device, steps)
     result = finetune(config)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from s3d.comparison.results import EvaluatedCell, Results
 from s3d.segmentation.comparison import (
     Interval,
     average_with_interval,
@@ -24,6 +23,8 @@ from s3d.segmentation.comparison import (
     ranks,
     signed_rank_test,
 )
+
+from .results import EvaluatedCell, Results
 
 
 @dataclass(frozen=True)

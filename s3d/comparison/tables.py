@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from s3d.comparison.notes import NOTHING, missing_notes
-from s3d.comparison.standings import Cost, LabelStanding, Score, Standing, Standings, Task
 from s3d.segmentation.comparison import Interval
 from s3d.segmentation.summary import Table
+
+from .notes import NOTHING, missing_notes
+from .standings import Cost, LabelStanding, Score, Standing, Standings, Task
 
 DECIMALS = 2  # of Dice in percent and of ranks
 SHORT_HOURS = 2  # up to which times are in minutes

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .distributed import Processes
 from .run_settings import RunSettings
+from .sound_gradients import ensure_sound_gradients
 
 Model = TypeVar("Model", bound=nn.Module)
 Settings = TypeVar("Settings", bound=RunSettings)
@@ -59,6 +60,8 @@ class Training(Generic[Model]):
                 nesterov=config.momentum > 0,
             )
         device = next(model.parameters()).device
+        if config.precision == "bfloat16" and device.type == "cpu":
+            ensure_sound_gradients(model)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         return Training(model, optimizer, scaler, average, network_prefix)
 

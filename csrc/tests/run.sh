@@ -36,7 +36,7 @@ skip() {
 
 # build FOLDER COMPILER FLAGS...: every instruction set with its own flags, as setup.py does.
 build() {
-  local folder=$1 cxx=$2 source flags machine openmp=-fopenmp
+  local folder=$1 cxx=$2 source flags machine job openmp=-fopenmp jobs=()
   shift 2
   mkdir -p "$folder"
   machine=$("$cxx" -dumpmachine)
@@ -51,8 +51,10 @@ build() {
     [[ -z $flags || $machine == x86_64* ]] || continue
     # shellcheck disable=SC2086
     "$cxx" -std=c++17 -O1 -fno-trapping-math -fno-math-errno $openmp -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi \
-      "-I$csrc" "-I$csrc/include" "$@" $flags ${CXXFLAGS:-} -c "$source" -o "$folder/$(basename "$source" .cc).o"
+      "-I$csrc" "-I$csrc/include" "$@" $flags ${CXXFLAGS:-} -c "$source" -o "$folder/$(basename "$source" .cc).o" &
+    jobs+=($!)
   done
+  for job in "${jobs[@]}"; do wait "$job"; done
   # shellcheck disable=SC2086
   "$cxx" $openmp "$@" ${CXXFLAGS:-} "$folder"/*.o -o "$folder/test_cpu"
 }

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from s3d_kernels import BlockMask, BlockSparseTensor
 
-from .depthwise import with_sound_gradients
 from .encoder_decoder import EncoderDecoder
 
 Features = TypeVar("Features", Tensor, BlockSparseTensor)
@@ -135,7 +134,6 @@ class ConvNeXtBlock(nn.Module):
         self.activation = nn.GELU()
         self.response = GlobalResponseNorm(EXPANSION * channels)
         self.compress = nn.Conv3d(EXPANSION * channels, channels, 1)
-        with_sound_gradients(self)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, D, H, W]
         """The same shape."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from s3d_kernels import BlockSparseTensor
 
-from .depthwise import with_sound_gradients
 from .encoder_decoder import EncoderDecoder
 
 # Channels inside a block / channels of its stage, from full resolution down; deeper stages have the last. Those of the
@@ -45,7 +44,7 @@ def mednext(
     expansions = [EXPANSION[min(stage, len(EXPANSION) - 1)] for stage in range(len(features))]
     encoder = MedNeXtEncoder(in_channels, features, blocks, expansions, kernel_size)
     decoder = MedNeXtDecoder(out_channels, features, blocks, expansions, kernel_size, deep_supervision)
-    return with_sound_gradients(EncoderDecoder(encoder, decoder))
+    return EncoderDecoder(encoder, decoder)
 
 
 class MedNeXtEncoder(nn.Module):

@@ -3,6 +3,9 @@
 Put together from MONAI's blocks, as its own network has five resolutions below the image, no more and no fewer. Of that
 depth, both compute the same.
 
+On CPUs with several threads the gradient of the position tables is not the same to the last bit from call to call:
+torch adds it up in the order that threads come.
+
 Source: Hatamizadeh et al., "Swin UNETR" (BrainLes 2021); MONAI's ``SwinUNETR``.
 """
 

@@ -282,6 +282,7 @@ def test_equal_time(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes where Linux lists them")
+@pytest.mark.slow
 def test_killed_processes(data: Path, finished: Path, tmp_path: Path) -> None:
     """Two workers; one is killed, then the whole is told to stop; the same command finishes, to the same results."""
     output, file, printed = tmp_path / "killed", tmp_path / "protocol.json", tmp_path / "printed.txt"

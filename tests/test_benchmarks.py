@@ -245,6 +245,7 @@ def test_a_run_that_was_stopped_leaves_readable_results(tmp_path: Path) -> None:
     assert set(report.tables_of(machine, found, tmp_path)) == {"encoder", "encoder-summary"}
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_reads_the_files(tmp_path: Path) -> None:
     """Its own command compares what a run of ours wrote."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench" / "bench_layers.py")]
@@ -400,6 +401,7 @@ def test_tables_in_the_documents_are_what_the_results_say() -> None:
         assert json.loads(path.read_text())["machine_info"]["device"]
 
 
+@pytest.mark.slow
 def test_profile_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU all time is the host's, and the tables have its calls only."""
     monkeypatch.setattr(gpu_step_profile, "CASE", dataclasses.replace(CASE, question="step"))

@@ -124,6 +124,7 @@ print(step(64))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
 @pytest.mark.parametrize("preset", ["mednext-small", "convnext-small"])
 def test_prediction_knows_the_architecture(preset: str, tmp_path: Path) -> None:

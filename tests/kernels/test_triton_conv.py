@@ -139,6 +139,7 @@ def test_offsets_of_64_bits(interpreted: TritonBackend, monkeypatch: pytest.Monk
         check(interpreted, conv_case(channels, *WINDOWS["1x3x3"]), MASKS["side 2"](), torch.float32, "wide")
 
 
+@pytest.mark.slow
 def test_other_tiles_give_the_same(interpreted: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (conv3d, conv3d_grad_weight):
         monkeypatch.setattr(module, "choose", lambda *arguments: ConvConfig(32, 16, 32, 4, 2))

@@ -38,8 +38,7 @@ def settings(method: str, **changes: object) -> dict[str, Any]:
     return {
         "method": method,
         "preset": PRESETS.get(method, "tiny"),
-        # Attention takes its time.
-        "patch_size": (16, 16, 16) if method == "swin-unetr" else (32, 32, 32),
+        "patch_size": (16, 16, 16),
         "steps": STEPS,
         "validate_every": STEPS,
         "ema_decay": 0.5,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -667,3 +668,19 @@ def test_a_method_that_mixes_samples_warns_of_parts(
         caplog.clear()
         pretrain(configure(images, tmp_path / str(parts), accumulate=parts, **settings))
         assert ("1 of 2 are computed at the same time" in caplog.text) == warned
+
+
+def test_validation_shares_no_random_numbers_with_training(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pose, streams = masked_autoencoder_module.MaskedAutoencoder.pose, {False: set(), True: set()}
+
+    def watched(self: Any, image: torch.Tensor, valid: torch.Tensor | None, draw: Any) -> Any:
+        streams[draw.batch == 2].add(draw.stream)  # validation has one patch at a time
+        return pose(self, image, valid, draw)
+
+    monkeypatch.setattr(masked_autoencoder_module.MaskedAutoencoder, "pose", watched)
+    pretrain(configure(images, tmp_path / "run", steps=2))
+    assert len(streams[True]) == 2
+    assert len(streams[False]) == 1
+    assert not streams[True] & streams[False]

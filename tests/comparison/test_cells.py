@@ -12,6 +12,7 @@ from small_matrix import protocol
 from s3d.comparison.cells import FinetuningCell, PretrainingCell, plan_matrix
 from s3d.comparison.labelled_cases import choose_cases, labelled_cases, link_test_cases
 from s3d.comparison.protocol import LabelledDataset, parse_protocol
+from s3d.comparison.run_cell import Workplace, finetune_config, pretrain_config
 from s3d.segmentation.raw_dataset import default_folds
 
 
@@ -38,6 +39,11 @@ def test_each_seed_has_a_pretraining() -> None:
         start = matrix.finetuning["S3D", "balls", 2, seed].pretraining
         assert start is not None
         assert start.seed == seed
+        place = Workplace(Path("output"), Path("data"), None)
+        assert pretrain_config(start, place, "cpu").seed == seed
+        tuning = finetune_config(matrix.finetuning["S3D", "balls", 2, seed], place, "cpu")
+        assert tuning.seed == seed
+        assert tuning.checkpoint == Path(f"output/pretraining/s3d/seed-{seed}/checkpoint.pt")
 
 
 def test_same_settings_are_one_cell() -> None:

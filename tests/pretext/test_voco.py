@@ -183,4 +183,8 @@ def test_stopped_run_goes_on_with_its_teacher(tmp_path: Path, monkeypatch: pytes
         assert torch.equal(one, other)
     pairs = zip(models[0].unet.encoder.parameters(), models[0].teacher["encoder"].parameters(), strict=True)
     assert any(not torch.equal(student, taught) for student, taught in pairs)
+    torch.manual_seed(whole.seed)
+    start = VoCo(whole).build_model().teacher["encoder"].parameters()
+    taught = models[0].teacher["encoder"].parameters()
+    assert not any(torch.equal(first, last) for first, last in zip(start, taught, strict=True) if first.any())
     assert (whole.output_dir / f"reconstruction_{0:06d}.png").exists()

@@ -89,6 +89,7 @@ def test_a_signal_stops_all_processes_behind_one_step(volumes: Path, tmp_path: P
     assert load_checkpoint(output / "checkpoint.pt")["step"] == len(losses(output)) >= 5
 
 
+@pytest.mark.slow
 def test_images_and_uneven_batches_are_refused(images: Path, volumes: Path, tmp_path: Path) -> None:
     for options, message in (
         (["--batch-size", "3"], "batch_size must be a multiple of processes (2) times accumulate (1), got 3"),

@@ -98,7 +98,12 @@ def test_many_channels(window: str, name: str, interpreted: TritonBackend) -> No
 
 @pytest.mark.parametrize(
     ("channels", "dtype"),
-    [((33, 40), torch.bfloat16), ((32, 32), torch.float16), ((1, 32), torch.bfloat16), ((1, 32), torch.float16)],
+    [
+        pytest.param((33, 40), torch.bfloat16, marks=pytest.mark.slow),
+        ((32, 32), torch.float16),
+        ((1, 32), torch.bfloat16),
+        ((1, 32), torch.float16),
+    ],
     ids=str,
 )
 def test_half_precision(channels: tuple[int, int], dtype: torch.dtype, interpreted: TritonBackend) -> None:

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from hippocampus_tables import Result, write_results
 
+from s3d.comparison.step_cost import measured_steps
 from s3d.data.workers import available_cores
 from s3d.segmentation.raw_dataset import default_folds, read_raw_dataset
 from s3d.segmentation.schedule import SCHEDULES
 from s3d.segmentation.scores import read_scores
-from s3d.training_log import read_log
 
 LABELS = (4, 8, 16, 208)
 FEW = 8  # labels of part c
@@ -85,7 +85,7 @@ def main() -> None:
     pretraining = ""
     if any(training.scope for training in trainings):
         pretrain(options.data, output / "pretraining", options.pretraining_steps, cores)
-        minutes = seconds_of_steps(output / "pretraining" / "log.csv", PRETRAINING_BATCH_SIZE) / 60
+        minutes = measured_steps(output / "pretraining" / "log.csv", PRETRAINING_BATCH_SIZE).seconds / 60
         pretraining = f"Pre-training: {options.pretraining_steps} steps, {minutes:.1f} minutes, seed 0."
     threads = max(1, cores // options.jobs)
     pool = ThreadPoolExecutor(options.jobs)
@@ -174,7 +174,7 @@ def run(training: Training, data: Path, output: Path, checkpoint: Path, threads:
         labels=0 if training.labels is None else training.labels,
         seed=training.seed,
         steps=training.steps,
-        seconds=seconds_of_steps(folder / "log.csv", BATCH_SIZE),
+        seconds=measured_steps(folder / "log.csv", BATCH_SIZE).seconds,
         classes=scores.classes,
         dice=scores.dice[0],
         folder=folder,
@@ -188,11 +188,6 @@ def split_of(data: Path, training: Training) -> dict[str, list[str]]:
         return default_folds(names)[0]
     random.Random(training.seed).shuffle(names)
     return {"train": sorted(names[: training.labels]), "val": []}
-
-
-def seconds_of_steps(log: Path, batch_size: int) -> float:
-    """Time of all steps of a run, also of one that was interrupted."""
-    return sum(batch_size / row["samples_per_second"] for row in read_log(log) if "samples_per_second" in row)
 
 
 def s3d(command: list[object], text: Path, threads: int) -> None:

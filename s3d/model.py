@@ -30,7 +30,7 @@ from s3d_kernels import (
 
 from .decoder import decode, dense_features, whole_blocks, whole_mask
 from .networks.convnext import convnext
-from .networks.encoder_decoder import EncoderDecoder
+from .networks.encoder_decoder import NNUNET_LAYERS, EncoderDecoder
 
 # What grows beyond visible voxels grows by whole cells of this side. On CPUs small ones cost no more a voxel than large
 # ones; on GPUs they do, and there the stages of small blocks are too small to be worth it (docs/performance.md).
@@ -186,11 +186,8 @@ def build_network(
         num_classes=out_channels,
         n_conv_per_stage_decoder=1,
         conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"negative_slope": 0.01, "inplace": True},
         deep_supervision=deep_supervision,
+        **NNUNET_LAYERS,
     )
     unet.apply(ResidualEncoderUNet.initialize)
     return unet

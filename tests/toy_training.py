@@ -1,5 +1,6 @@
 """A few steps of a method on smooth volumes, without a trainer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,3 +48,20 @@ def losses_before_and_after(pretext: Pretext[Any], steps: int, learning_rate: fl
         assert all(parameter.grad is not None for parameter in trained)
         optimizer.step()
     return before, mean_loss()
+
+
+def losses_of_fixed_problems(pretext: Pretext[Any], problems: Sequence[Any], steps: int) -> list[float]:
+    """Loss of each step on a few problems of two samples, one after the other and again."""
+    torch.manual_seed(0)
+    model = pretext.build_model()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 2e-3)
+    history = []
+    for step in range(steps):
+        problem = problems[step % len(problems)]
+        optimizer.zero_grad()
+        loss = pretext.loss(pretext.answer(model, problem), problem, 2)
+        loss.backward()
+        optimizer.step()
+        pretext.after_step(model)
+        history.append(loss.item())
+    return history

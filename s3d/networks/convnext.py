@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from s3d_kernels import BlockMask, BlockSparseTensor
 
-from .encoder_decoder import EncoderDecoder
+from .encoder_decoder import NNUNET_LAYERS, EncoderDecoder
 
 Features = TypeVar("Features", Tensor, BlockSparseTensor)
 Triple = tuple[int, int, int]
@@ -55,10 +55,7 @@ def convnext(
         num_classes=out_channels,
         n_conv_per_stage=1,
         deep_supervision=deep_supervision,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"negative_slope": 0.01, "inplace": True},
+        **NNUNET_LAYERS,
     )
     for part in (decoder.stages, decoder.transpconvs, decoder.seg_layers):
         part.apply(ResidualEncoderUNet.initialize)

@@ -7,6 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# Norm and activation of nnU-Net's networks, as their classes take them.
+NNUNET_LAYERS: dict[str, Any] = {
+    "norm_op": nn.InstanceNorm3d,
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": nn.LeakyReLU,
+    "nonlin_kwargs": {"negative_slope": 0.01, "inplace": True},
+}
+
 
 class EncoderDecoder(nn.Module):
     """A network with the halves and the names of a ``ResidualEncoderUNet``.
@@ -33,3 +41,9 @@ class EncoderDecoder(nn.Module):
         features: Sequence[Tensor] = self.encoder(x)
         output: Tensor | list[Tensor] = self.decoder(features)
         return output
+
+
+def train_encoder_alone(network: Any) -> None:
+    """Freeze all of a network but its encoder, which a decoder may hold as well."""
+    network.requires_grad_(False)
+    network.encoder.requires_grad_(True)

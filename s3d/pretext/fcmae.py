@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from s3d.model import Network, build_unet, preset_shape
 from s3d.networks.convnext import ConvNeXtBlock, initialize
+from s3d.networks.encoder_decoder import train_encoder_alone
 from s3d_kernels import BlockMask, BlockSparseTensor, to_sparse
 
 from .masked_autoencoder import MaskedAutoencoder
@@ -67,8 +68,7 @@ class FCMAEModel(nn.Module):
     def __init__(self, unet: Network, total_stride: int, kernel_size: tuple[int, int, int]) -> None:
         super().__init__()
         self.unet = unet
-        unet.decoder.requires_grad_(False)
-        unet.encoder.requires_grad_(True)  # behind the line above: the decoder holds it too
+        train_encoder_alone(unet)
         self.total_stride = total_stride
         channels = unet.encoder.output_channels[-1]
         width = min(channels, DECODER_CHANNELS)

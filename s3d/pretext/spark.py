@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from s3d.model import Network, build_unet, mask_token
+from s3d.networks.encoder_decoder import train_encoder_alone
 from s3d_kernels import BlockMask, BlockSparseTensor, sparse_instance_norm, to_sparse
 
 from .masked_autoencoder import MaskedAutoencoder
@@ -69,9 +70,7 @@ class SparKModel(nn.Module):
         super().__init__()
         self.unet = unet
         to_sparse(unet.encoder)
-        # In this order: the decoder of a ResEnc U-Net has the encoder as a part.
-        unet.decoder.requires_grad_(False)
-        unet.encoder.requires_grad_(True)
+        train_encoder_alone(unet)
         features: Sequence[int] = unet.encoder.output_channels  # from full resolution down
         widths = [max(1, features[-1] >> halvings) for halvings in reversed(range(len(features)))]
         self.mask_tokens = nn.ParameterList(nn.Parameter(mask_token(channels)) for channels in features)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s3d.model import Network, build_unet
+from s3d.networks.encoder_decoder import train_encoder_alone
 
 from .method import Draw, Pretext
 
@@ -119,8 +120,7 @@ class SwinUNETRModel(nn.Module):
     def __init__(self, unet: Network) -> None:
         super().__init__()
         self.unet = unet
-        unet.requires_grad_(False)
-        unet.encoder.requires_grad_(True)
+        train_encoder_alone(unet)
         channels: int = unet.encoder.output_channels[-1]
         self.turns = nn.Linear(channels, TURNS)
         self.contrast = nn.Linear(channels, CONTRAST_CHANNELS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from s3d.model import Network, build_unet
+from s3d.networks.encoder_decoder import train_encoder_alone
 
 from .method import Draw, Pretext
 
@@ -122,8 +123,7 @@ class VoCoModel(nn.Module):
     def __init__(self, unet: Network) -> None:
         super().__init__()
         self.unet = unet
-        unet.requires_grad_(False)
-        unet.encoder.requires_grad_(True)  # behind the line above, as decoders may hold the encoder as well
+        train_encoder_alone(unet)
         self.projection = Projection(unet.encoder.output_channels[-1])
         student = {"encoder": unet.encoder, "projection": self.projection}
         self.teacher = nn.ModuleDict(copy.deepcopy(student)).requires_grad_(False)
